@@ -25,7 +25,7 @@ class Numerics:
         max_abs: largest absolute difference over those entries.
         sqnr_db: 20 log10(||r|| / ||y - r||); inf when equal.
         cosine: cosine of the angle between both, flattened.
-        top1_agreement: share of rows with the same argmax along the last axis; None below two classes or two dimensions.
+        top1_agreement: share of rows with the same argmax along the last axis; None for vectors and single values.
         nonfinite: entries of y that are NaN or infinite.
         nonfinite_reference: the same for r.
     """

@@ -1,0 +1,136 @@
+"""Files and folders that are either whole or not there.
+
+A folder is filled under a temporary name beside its final place and then renamed. Whatever a killed process leaves
+behind carries its process id and is cleared away by the next one that writes to the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeattn.core.errors import UsageError
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sibling(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what dead processes left in ``folder``; a folder they had set aside and not yet replaced is put back."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or _alive(int(match["pid"])):
+            continue
+        final = folder / match["name"]
+        if match["kind"] == "old" and not final.exists():
+            path.rename(final)
+        else:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder tree, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling to fill; on success it becomes ``final``, on any error it is removed.
+
+    Args:
+        final: the folder that is to appear, complete.
+        replace: take the place of an existing ``final``; without it an existing one wins and the new one is dropped.
+
+    Raises:
+        UsageError: the parent cannot be made or written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(final.parent)
+        temporary = _sibling(final, "tmp")
+        temporary.mkdir()
+    except OSError as error:
+        raise UsageError(
+            "the output folder cannot be written",
+            value=final,
+            why=f"{error.strerror or error}: {error.filename}",
+            fix="choose another folder with --output, or change its permissions",
+        ) from error
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        _sync(temporary)
+        if final.exists() and replace:
+            aside = _sibling(final, "old")
+            final.rename(aside)
+            temporary.rename(final)
+            remove(aside)
+        else:
+            # Renaming onto a filled folder fails: another process was first, and its result stands.
+            with contextlib.suppress(FileExistsError, OSError):
+                temporary.rename(final)
+            if not final.is_dir():
+                raise OSError(f"could not rename {temporary} to {final}")
+        _sync(final.parent)
+    finally:
+        remove(temporary)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path, "tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        remove(temporary)
+
+
+def inside(root: Path, name: str) -> Path:
+    """``root / name``, for names that come from a file.
+
+    Raises:
+        UsageError: the name is absolute or leaves ``root``, also through a link.
+    """
+    path = root / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+        raise UsageError("a file name leaves its folder", value=name, where=str(root), why="names must stay inside it")
+    return path

@@ -1,0 +1,93 @@
+"""Named tensors: shape, dtype and the range that random values are drawn from."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.numerics import Array
+
+DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
+
+_FORM = re.compile(
+    r"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>\d+(x\d+)*|scalar)"
+    r"(:(?P<dtype>\w+))?(:(?P<low>-?[\d.e+-]+?)\.\.(?P<high>-?[\d.e+-]+))?"
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named input.
+
+    Attributes:
+        name: as the entry names it.
+        shape: static shape; () is a scalar.
+        dtype: a NumPy name out of ``DTYPES``.
+        low, high: inclusive range of random integers, or the range of uniform floats; floats without a range are
+            standard normal, integers without one lie in 0..1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    low: float | None = None
+    high: float | None = None
+
+    def random(self, seed: int) -> Array:
+        """A seeded random tensor of this spec; the same seed and spec give the same bits on every machine."""
+        rng = np.random.Generator(np.random.PCG64(seed))
+        if self.dtype == "bool":
+            return rng.random(self.shape) < 0.5
+        if self.dtype.startswith(("int", "uint")):
+            low, high = int(self.low or 0), int(1 if self.high is None else self.high)
+            return rng.integers(low, high, size=self.shape, endpoint=True).astype(self.dtype)
+        if self.low is not None and self.high is not None:
+            return (self.low + (self.high - self.low) * rng.random(self.shape)).astype(self.dtype)
+        return rng.standard_normal(self.shape).astype(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"{self.name}={shape}" + ("" if self.dtype == "float32" else f":{self.dtype}")
+
+
+def parse_spec(text: str) -> TensorSpec:
+    """Read ``NAME=SHAPE[:DTYPE[:LOW..HIGH]]``, as in ``x=1x3x224x224`` or ``ids=1x16:int64:0..31999``.
+
+    Raises:
+        UsageError: any other form, a zero dimension, or an unknown dtype.
+    """
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            "an input could not be read",
+            value=text,
+            where="--input",
+            why="the form is NAME=SHAPE[:DTYPE[:LOW..HIGH]]",
+            fix="for example --input x=1x3x224x224 or --input ids=1x16:int64:0..31999",
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in DTYPES:
+        near = closest(dtype, DTYPES)
+        raise UsageError(
+            "unknown dtype of an input",
+            value=dtype,
+            where=f"--input {text}",
+            why=f"known are {', '.join(DTYPES)}",
+            fix=f"did you mean {near}?" if near else None,
+        )
+    shape = () if match["shape"] == "scalar" else tuple(int(n) for n in match["shape"].split("x"))
+    if 0 in shape:
+        raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")
+    low, high = (float(match[k]) if match[k] else None for k in ("low", "high"))
+    if low is not None and high is not None and low > high:
+        raise UsageError("an input's range is empty", value=f"{low}..{high}", where=f"--input {text}")
+    return TensorSpec(match["name"], shape, dtype, low, high)

@@ -1,0 +1,279 @@
+"""Recipes: what to build. A TOML file, or one made up on the spot for a model from outside."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from edgeattn.core import schema
+from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.hashing import sha256_data, sha256_file
+from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+#: Names under which a .py file's factory is looked for when none is given.
+FACTORY_NAMES = ("factory", "build", "build_model", "create_model", "get_model", "make_model", "model", "Model")
+
+
+class ModelSpec(schema.Strict):
+    """Where the ``nn.Module`` comes from.
+
+    Attributes:
+        factory: ``package.module:callable``, ``path/to/file.py:callable`` or ``timm:NAME``.
+        args: keyword arguments of the callable.
+        checkpoint: .safetensors (or .pth, read without executing it), relative to the recipe file.
+    """
+
+    factory: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: str | None = None
+
+    @field_validator("factory")
+    @classmethod
+    def _has_both_parts(cls, value: str) -> str:
+        if not re.fullmatch(r"[^:]+:[^:]+", value):
+            raise ValueError("must be package.module:callable, path/to/file.py:callable or timm:NAME")
+        return value
+
+
+class InputSpec(schema.Strict):
+    """Shape, dtype and random range of one input; see ``core.specs.TensorSpec``."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    low: float | None = None
+    high: float | None = None
+
+    @field_validator("shape")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(n < 1 for n in value):
+            raise ValueError("every dimension must be at least 1")
+        return value
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"must be one of {', '.join(DTYPES)}")
+        return value
+
+
+class Preprocess(schema.Strict):
+    """From a raw image to the first input: ``(raw * scale - mean) / std`` for each channel of (B, C, H, W).
+
+    Attributes:
+        scale: factor on the raw values, such as 1/255.
+        mean, std: one value a channel, after scaling.
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+class Heldout(schema.Strict):
+    """Labelled samples that the model has not seen in training; every export is scored on them.
+
+    Attributes:
+        file: .npz relative to the recipe, with ``x`` (N, ...) raw values and ``y`` (N,) class numbers.
+        golden: how many of the samples become golden inputs of a bundle.
+    """
+
+    file: str
+    golden: int = Field(default=4, ge=1, le=64)
+
+
+class Recipe(schema.Strict):
+    """A model, its inputs and outputs, and what its exports are scored on."""
+
+    name: str
+    description: str = ""
+    model: ModelSpec
+    inputs: dict[str, InputSpec] = Field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0)
+    preprocess: Preprocess | None = None
+    heldout: Heldout | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("may hold letters, digits, '.', '_' and '-' only, for it names files")
+        return value
+
+    @model_validator(mode="after")
+    def _has_inputs(self) -> Recipe:
+        if not self.inputs and not self.model.factory.startswith("timm:"):
+            raise ValueError("needs at least one input, such as [inputs.x] with shape = [1, 3, 224, 224]")
+        return self
+
+    def specs(self) -> list[TensorSpec]:
+        """The inputs in order."""
+        return [TensorSpec(name, s.shape, s.dtype, s.low, s.high) for name, s in self.inputs.items()]
+
+
+class Resolved(schema.Strict):
+    """A recipe with its files found: what a job of the pipeline is made from.
+
+    Attributes:
+        folder: where relative factory paths are looked up.
+        checkpoint, heldout: the files and the SHA-256 of their bytes.
+    """
+
+    recipe: Recipe
+    folder: str
+    checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
+    heldout: str | None = None
+    heldout_sha256: str | None = None
+
+    @property
+    def random_weights(self) -> bool:
+        """True when there is no checkpoint, hence nothing that was trained."""
+        return self.checkpoint is None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the recipe's content and of its files' bytes; paths do not count."""
+        content = self.recipe.model_dump(mode="json")
+        content["model"]["checkpoint"] = self.checkpoint_sha256
+        if content["heldout"]:
+            content["heldout"]["file"] = self.heldout_sha256
+        return sha256_data(content)
+
+    @property
+    def title(self) -> str:
+        """The recipe's name; says ``-random`` where the weights are."""
+        return self.recipe.name + ("-random" if self.random_weights else "")
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        UsageError: not readable, not TOML, or not a valid recipe; names file, key, value and the nearest spelling.
+    """
+    return schema.validate(Recipe, schema.read_toml(path), str(path))
+
+
+def _file_of(folder: Path, name: str, key: str, where: str) -> tuple[str, str]:
+    path = (folder / name).resolve()
+    if not path.is_file():
+        raise UsageError("a file is missing", value=str(path), where=f"{where}, {key}", fix="correct the path")
+    return str(path), sha256_file(path)
+
+
+def _factories(file: Path) -> list[str]:
+    """Top-level functions and classes of a Python file, without running it.
+
+    Raises:
+        UsageError: the file cannot be parsed.
+    """
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise UsageError("a model file cannot be read", value=file, why=str(error)) from error
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def _guest(text: str, inputs: Mapping[str, InputSpec], args: Mapping[str, Any]) -> Recipe:
+    """A recipe for ``timm:NAME``, ``file.py[:callable]`` or ``package.module:callable``."""
+    source, _, attribute = text.partition(":")
+    if source.endswith(".py"):
+        file = Path(source)
+        if not file.is_file():
+            raise UsageError("the model's file does not exist", value=source, fix="correct the path")
+        names = _factories(file)
+        if not attribute:
+            attribute = next((name for name in FACTORY_NAMES if name in names), names[0] if len(names) == 1 else "")
+        if not attribute:
+            raise UsageError(
+                "the model's factory is not clear",
+                value=source,
+                why=f"the file holds {', '.join(names) or 'no function or class'}",
+                fix=f"name one: {source}:{names[0] if names else 'factory'}",
+            )
+        source = str(file.resolve())
+    if not inputs and source != "timm":
+        raise UsageError(
+            "a model from outside needs its inputs",
+            value=text,
+            why="only recipes and timm models know their own shapes",
+            fix=f"edgeattn export {text} --target onnx --input x=1x3x224x224",
+        )
+    stem = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
+    name = attribute if source == "timm" else f"{stem}-{attribute}"
+    return Recipe(
+        name=re.sub(r"[^A-Za-z0-9_.-]", "_", name),
+        description=f"{text} (a model from outside)",
+        model=ModelSpec(factory=f"{source}:{attribute}", args=dict(args)),
+        inputs=dict(inputs),
+    )
+
+
+def resolve(
+    text: str,
+    *,
+    inputs: Sequence[str | TensorSpec] = (),
+    checkpoint: Path | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """Find the recipe that ``text`` names and the files that it needs.
+
+    Args:
+        text: a recipe's name, a path to a recipe (.toml), ``package.module:factory``, a path to a .py file (with
+            ``:factory`` where it holds several), or ``timm:NAME``.
+        inputs: replace the recipe's inputs of the same names; needed for models from outside.
+        checkpoint: takes the place of the recipe's checkpoint.
+        args: added to the factory's arguments.
+
+    Raises:
+        UsageError: nothing of that name (with the closest), an invalid recipe, or a file that is missing.
+    """
+    specs = [parse_spec(item) if isinstance(item, str) else item for item in inputs]
+    given = {s.name: InputSpec(shape=s.shape, dtype=s.dtype, low=s.low, high=s.high) for s in specs}
+    folder, where = Path.cwd(), "the command line"
+    if text.endswith(".toml"):
+        recipe, folder, where = load(Path(text)), Path(text).resolve().parent, text
+    elif ":" in text or text.endswith(".py"):
+        recipe = _guest(text, given, args or {})
+    else:
+        known = schema.find("recipes")
+        if text not in known:
+            near = closest(text, known)
+            raise UsageError(
+                "unknown recipe",
+                value=text,
+                why=f"known are {', '.join(known)}",
+                fix=(f"did you mean {near!r}? " if near else "")
+                + "A model of your own: package.module:factory, file.py:factory, timm:NAME or a recipe's path (.toml)",
+            )
+        recipe, folder, where = load(known[text]), known[text].parent, str(known[text])
+    unknown = [name for name in given if recipe.inputs and name not in recipe.inputs]
+    if unknown:
+        raise UsageError(
+            "the recipe has no such input",
+            value=", ".join(unknown),
+            where="--input",
+            why=f"{recipe.name} has {', '.join(recipe.inputs)}",
+        )
+    model = recipe.model.model_copy(update={"args": {**recipe.model.args, **(args or {})}})
+    recipe = recipe.model_copy(update={"inputs": {**recipe.inputs, **given}, "model": model})
+    found: dict[str, str] = {}
+    if checkpoint is not None:
+        found["checkpoint"], found["checkpoint_sha256"] = _file_of(Path.cwd(), str(checkpoint), "--checkpoint", "here")
+    elif recipe.model.checkpoint:
+        pair = _file_of(folder, recipe.model.checkpoint, "model.checkpoint", where)
+        found["checkpoint"], found["checkpoint_sha256"] = pair
+    if recipe.heldout:
+        found["heldout"], found["heldout_sha256"] = _file_of(folder, recipe.heldout.file, "heldout.file", where)
+    return Resolved(recipe=recipe, folder=str(folder), **found)
