@@ -79,7 +79,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: not readable, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return data
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("a file cannot be read", value=path, why=str(error)) from error
     except tomllib.TOMLDecodeError as error:

@@ -1,0 +1,179 @@
+"""From an ``nn.Module`` to a ``Program``: one exported graph for each entry, sharing their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from edgeattn.core.errors import ConversionFailed, EdgeAttnError, UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named graph of a program.
+
+    Attributes:
+        graph: the exported program.
+        inputs, outputs: names, in the order of the graph.
+    """
+
+    graph: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What targets lower: the entries of a model by name (``main``; ``prefill``, ``decode``)."""
+
+    entries: Mapping[str, Entry]
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write ``ENTRY.pt2`` files into ``folder``; the returned plain data is what ``load`` needs beside them."""
+        for name, entry in self.entries.items():
+            torch.export.save(entry.graph, folder / f"{name}.pt2")
+        return {name: {"inputs": list(e.inputs), "outputs": list(e.outputs)} for name, e in self.entries.items()}
+
+    @staticmethod
+    def load(folder: Path, names: Mapping[str, Mapping[str, list[str]]]) -> Program:
+        """Read what ``save`` wrote."""
+        return Program(
+            {
+                name: Entry(torch.export.load(folder / f"{name}.pt2"), tuple(n["inputs"]), tuple(n["outputs"]))
+                for name, n in names.items()
+            }
+        )
+
+
+class ModulePath:
+    """The path of the module whose forward runs now; after an error, of the innermost one that raised it."""
+
+    def __init__(self) -> None:
+        self._stack: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """Dotted path as in ``named_modules``; ``(model)`` outside of any child."""
+        return (self._stack[-1] if self._stack else "") or "(model)"
+
+    @contextlib.contextmanager
+    def follow(self, model: nn.Module) -> Iterator[ModulePath]:
+        """Follow the calls inside ``model``; its hooks are taken off again."""
+        handles = []
+        for path, module in model.named_modules():
+            # `path=path`: each hook keeps its own. No argument is touched, so nothing shows up in an exported graph.
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path)))
+            handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+
+
+def name_outputs(result: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a forward's result, flattened in order, under the recipe's names.
+
+    Without names a single output is ``output``; mappings give their keys, other containers ``output_0`` and so on.
+
+    Raises:
+        UsageError: another number of outputs than names, or no tensor at all.
+    """
+    leaves = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise UsageError("the model returns no tensor", value=type(result).__name__, fix="return tensors")
+    if wanted and len(wanted) != len(leaves):
+        raise UsageError(
+            "the recipe names another number of outputs than the model returns",
+            value=", ".join(wanted),
+            where="outputs",
+            why=f"the model returns {len(leaves)}",
+        )
+    if wanted:
+        names = list(wanted)
+    elif isinstance(result, Mapping) and len(result) == len(leaves):
+        names = [str(key) for key in result]
+    else:
+        names = ["output"] if len(leaves) == 1 else [f"output_{i}" for i in range(len(leaves))]
+    return dict(zip(names, leaves, strict=True))
+
+
+def run_eager(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """One forward without gradients, inputs in order, outputs by name.
+
+    Raises:
+        UsageError: the forward fails on these inputs; names the module.
+    """
+    path = ModulePath()
+    try:
+        with torch.no_grad(), path.follow(model):
+            return name_outputs(model(*inputs.values()), outputs)
+    except EdgeAttnError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in inputs.items())
+        raise UsageError(
+            "the model cannot run on these inputs",
+            value=shapes,
+            where=f"module {path.current}",
+            why=_reason(error),
+            fix="correct --input (shape, dtype) or the recipe's [inputs]",
+        ) from error
+
+
+def capture(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    exporter: Callable[..., torch.export.ExportedProgram] = torch.export.export,
+) -> Program:
+    """Export ``model`` in eval mode for static shapes, as the single entry ``main``.
+
+    Args:
+        inputs: example tensors by name, in the order of ``forward``.
+        outputs: names of the flattened outputs.
+
+    Raises:
+        ConversionFailed: the graph cannot be captured; names the module whose code stands in the way.
+    """
+    path = ModulePath()
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), path.follow(model):
+            warnings.simplefilter("ignore")
+            graph = exporter(model, tuple(inputs.values()))
+    except EdgeAttnError:
+        raise
+    except Exception as error:
+        raise ConversionFailed(
+            "the model cannot be captured as a graph",
+            where=f"module {path.current}",
+            why=_reason(error),
+            fix="its forward must not branch on values of tensors; see torch.export's notes on torch.cond",
+            details=_user_frames(error),
+        ) from error
+    return Program({"main": Entry(graph, tuple(inputs), outputs)})
+
+
+def _user_frames(error: BaseException) -> list[str]:
+    """Lines of model code on the way to ``error``: everything that is not torch's or ours."""
+    frames, frame = [], error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        parts = Path(file).parts
+        if "torch" not in parts and file != __file__ and not file.startswith("<"):
+            frames.append(f"{file}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}")
+        frame = frame.tb_next
+    return frames[-3:]

@@ -1,0 +1,168 @@
+"""From a resolved recipe to an ``nn.Module`` in eval mode: a first citizen, or a guest from outside."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError, closest
+from edgeattn.core.specs import TensorSpec
+from edgeattn.models.checkpoint import load_state, read_state
+from edgeattn.models.init import randomize
+from edgeattn.recipe import Resolved
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model as the recipe describes it.
+
+    Attributes:
+        model: training form, eval mode, float32 as the factory made it.
+        specs: its inputs in order.
+    """
+
+    model: nn.Module
+    specs: list[TensorSpec]
+
+    def random_inputs(self, seed: int) -> dict[str, torch.Tensor]:
+        """Seeded random inputs by name."""
+        return {spec.name: torch.from_numpy(spec.random(seed + i)) for i, spec in enumerate(self.specs)}
+
+
+def import_timm() -> ModuleType:
+    """timm, beside a CPU build of torch too.
+
+    The torchvision that timm imports is on PyPI only as a build for CUDA; its compiled operators do not load beside a
+    CPU torch, and its import stops at ``torchvision::nms``. Declaring the two schemas is enough: nothing calls them.
+
+    Raises:
+        ToolchainMissing: timm is not installed.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise ToolchainMissing(
+            "timm is not installed", why="timm: models are built by it", fix="pip install 'edgeattn[timm]'"
+        )
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, schema in (
+        ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+        ("qnms", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+    ):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(schema)
+    _KEPT.append(library)
+    return importlib.import_module("timm")
+
+
+#: A torch.library.Library takes its definitions back when it is collected.
+_KEPT: list[Any] = []
+
+
+def _module(source: str) -> ModuleType:
+    """Import ``source``: a path to a .py file or a dotted name, the working folder included."""
+    if source.endswith(".py"):
+        path = Path(source)
+        spec = importlib.util.spec_from_file_location(f"edgeattn_guest_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UsageError("a model file cannot be imported", value=source)
+        sys.path.insert(0, str(path.parent))
+        module = importlib.util.module_from_spec(spec)
+        # Registered, so that dataclasses and torch.export find the module by its name.
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(source)
+
+
+def _guest_error(what: str, factory: str, error: BaseException) -> UsageError:
+    """The user's own code failed: say where in it."""
+    frame = error.__traceback__
+    place = None
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if "edgeattn" not in Path(file).parts and not file.startswith("<frozen"):
+            place = f"{file}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return UsageError(what, value=factory, where=place, why=f"{type(error).__name__}: {error}")
+
+
+def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
+    recipe = resolved.recipe
+    source, _, attribute = recipe.model.factory.partition(":")
+    specs = recipe.specs()
+    if source == "timm":
+        timm = import_timm()
+        if attribute not in timm.list_models():
+            near = closest(attribute, timm.list_models())
+            raise UsageError(
+                "timm has no such model",
+                value=attribute,
+                fix=f"did you mean {near!r}?" if near else "timm.list_models()",
+            )
+        model = timm.create_model(attribute, pretrained=False, **recipe.model.args)
+        return model, specs or [TensorSpec("x", (1, *model.default_cfg["input_size"]))]
+    if source.endswith(".py"):
+        source = str(Path(resolved.folder, source))
+    try:
+        module = _module(source)
+        target = getattr(module, attribute, None)
+    except EdgeAttnError:
+        raise
+    except Exception as error:
+        raise _guest_error("the model's module cannot be imported", recipe.model.factory, error) from error
+    if target is None:
+        near = closest(attribute, vars(module))
+        raise UsageError(
+            "the module has no such factory",
+            value=attribute,
+            where=source,
+            fix=f"did you mean {near!r}?" if near else None,
+        )
+    if isinstance(target, nn.Module):
+        return target, specs
+    try:
+        model = target(**recipe.model.args)
+    except EdgeAttnError:
+        raise
+    except Exception as error:
+        raise _guest_error("the model's factory failed", recipe.model.factory, error) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            "the factory did not return a torch.nn.Module",
+            value=type(model).__name__,
+            where=recipe.model.factory,
+            fix="return the model itself",
+        )
+    return model, specs
+
+
+def build(resolved: Resolved) -> Built:
+    """Call the recipe's factory under its seed and load the checkpoint, if there is one.
+
+    Without a checkpoint the weights are the factory's random ones; batch norms get settled statistics and a random
+    affine part (``models.init.randomize``), so that fusing them is a real test.
+
+    Raises:
+        UsageError: the factory cannot be found, fails or returns something else; the checkpoint cannot be read or
+            does not fit. ToolchainMissing: timm is needed and not installed.
+    """
+    torch.manual_seed(resolved.recipe.seed)
+    model, specs = _call(resolved)
+    model = model.eval()
+    built = Built(model, specs)
+    if resolved.checkpoint is not None:
+        load_state(model, read_state(Path(resolved.checkpoint)), resolved.checkpoint)
+    else:
+        randomize(model, tuple(built.random_inputs(resolved.recipe.seed).values()), resolved.recipe.seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return built

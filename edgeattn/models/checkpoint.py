@@ -1,0 +1,105 @@
+"""Weights read without executing them, and loaded with every mismatch listed."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edgeattn.core.errors import UsageError, closest
+
+#: Keys under which training scripts nest a state dict, in the order in which they are tried.
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "params", "weights")
+
+
+def _plain(state: Mapping[Any, Any]) -> bool:
+    return bool(state) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors file, or of a .pth / .pt / .bin file read with ``weights_only=True``.
+
+    A state dict nested under one of ``NESTS`` is found, and the ``module.`` prefix of data-parallel training is
+    taken off.
+
+    Raises:
+        UsageError: truncated, not a checkpoint, or a pickle that holds code (which is not run).
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UsageError(
+                "the checkpoint is damaged",
+                value=path,
+                why=f"not a whole safetensors file: {error}",
+                fix="copy it again, or compare its SHA-256 with the sender's",
+            ) from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        raise UsageError(
+            "the checkpoint holds code, which is not executed",
+            value=path,
+            why=reason.strip() or "it needs more than tensors and plain containers to be read",
+            fix="save only the weights: torch.save(model.state_dict(), ...), or better a .safetensors file",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            "the checkpoint is damaged",
+            value=path,
+            why=f"not a whole PyTorch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            fix="copy it again, or save it as .safetensors",
+        ) from error
+    state: Any = loaded
+    while isinstance(state, Mapping) and not _plain(state):
+        key = next((k for k in NESTS if isinstance(state.get(k), Mapping)), None)
+        if key is None:
+            break
+        state = state[key]
+    if not isinstance(state, Mapping) or not _plain(state):
+        holds = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
+        raise UsageError(
+            "the checkpoint holds no state dict",
+            value=path,
+            why=f"found {holds}",
+            fix=f"a mapping of names to tensors, or one under {', '.join(NESTS)}",
+        )
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put ``state`` into ``model``; names and shapes must match exactly.
+
+    Raises:
+        UsageError: lists every missing, extra and mis-shaped tensor (with the nearest name); the model is untouched.
+    """
+    own = model.state_dict()
+    # Step counters of batch norm do not reach the numbers; files written before PyTorch 0.4.1 lack them.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        lines = [f"missing: {k} {tuple(own[k].shape)}" for k in missing]
+        for key in extra:
+            near = closest(key, missing)
+            lines.append(f"extra: {key} {tuple(state[key].shape)}" + (f" (is it {near}?)" if near else ""))
+        lines += [f"shape: {k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}" for k in shapes]
+        raise UsageError(
+            "the checkpoint does not fit the model",
+            where=source,
+            why=f"{len(missing)} missing, {len(extra)} extra, {len(shapes)} of another shape",
+            fix="use the factory and arguments that the checkpoint was trained with",
+            details=lines,
+        )
+    model.load_state_dict(dict(state), strict=False)
