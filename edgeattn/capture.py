@@ -67,11 +67,18 @@ class ModulePath:
     @contextlib.contextmanager
     def follow(self, model: nn.Module) -> Iterator[ModulePath]:
         """Follow the calls inside ``model``; its hooks are taken off again."""
-        handles = []
+
+        # The hooks touch no argument, so nothing of them shows up in an exported graph.
+        def enter(path: str) -> None:
+            self._stack.append(path)
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        handles: list[Any] = []
         for path, module in model.named_modules():
-            # `path=path`: each hook keeps its own. No argument is touched, so nothing shows up in an exported graph.
-            handles.append(module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path)))
-            handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: enter(path)))
+            handles.append(module.register_forward_hook(leave))
         try:
             yield self
         finally:

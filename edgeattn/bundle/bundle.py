@@ -1,0 +1,189 @@
+"""A bundle: the folder that a device can run, and that can prove itself without PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeattn import targets
+from edgeattn.bundle.manifest import FileInfo, Manifest, read_manifest
+from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.files import inside, whole_folder
+from edgeattn.core.hashing import sha256_file
+from edgeattn.core.numerics import Array, Numerics, compare
+from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor
+
+RUNNER = Path(__file__).with_name("runner.py")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What ``Bundle.verify`` found to hold.
+
+    Attributes:
+        files: how many were re-hashed.
+        numerics: by golden file and output name.
+        tolerance: the largest relative L2 allowed.
+    """
+
+    files: int
+    numerics: dict[str, dict[str, Numerics]]
+    tolerance: float
+
+    @property
+    def worst(self) -> Numerics:
+        """The output that is furthest from its reference."""
+        return max((n for sample in self.numerics.values() for n in sample.values()), key=lambda n: n.relative_l2)
+
+
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: read and checked against its own digest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._runtime: Runtime | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read a bundle's manifest; the other files are hashed by ``verify`` only.
+
+        Raises:
+            UsageError: no bundle there, or one of a newer schema. CheckFailed: the manifest was changed.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            found = sorted(p.parent.name for p in path.glob("*/manifest.json")) if path.is_dir() else []
+            raise UsageError(
+                "this is not a bundle",
+                value=path,
+                why="it has no manifest.json" if path.is_dir() else "there is no such folder",
+                fix=f"did you mean {path / found[0]}?" if found else "edgeattn export makes one",
+            )
+        return cls(path, read_manifest(path / "manifest.json"))
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact inside, as its target sees it."""
+        entries = {
+            name: ArtifactEntry(
+                entry.file,
+                tuple(Tensor(t.name, t.shape, t.dtype) for t in entry.inputs),
+                tuple(Tensor(t.name, t.shape, t.dtype) for t in entry.outputs),
+            )
+            for name, entry in self.manifest.entries.items()
+        }
+        for entry in entries.values():
+            inside(self.path, entry.file)
+        return Artifact(self.path, self.manifest.precision, entries, self.manifest.facts)
+
+    def run(self, feeds: Mapping[str, Array], entry: str = "main") -> dict[str, Array]:
+        """Outputs by name for inputs by name, through the target's runtime on this machine.
+
+        Raises:
+            UsageError: an unknown entry, or feeds of other names, shapes or dtypes. ToolchainMissing.
+        """
+        if self._runtime is None:
+            self._runtime = targets.get(self.manifest.target).open(self.artifact)
+        return self._runtime.run(entry, feeds)
+
+    def golden(self) -> Iterator[tuple[str, str, dict[str, Array], dict[str, Array]]]:
+        """(file, entry, inputs, reference outputs) of every golden sample."""
+        for name in sorted(n for n in self.manifest.files if n.startswith("golden/")):
+            with np.load(inside(self.path, name), allow_pickle=False) as data:
+                feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
+                outputs = {key[4:]: data[key] for key in data.files if key.startswith("out.")}
+            yield name, Path(name).stem.split("-")[0], feeds, outputs
+
+    def check_files(self) -> int:
+        """Re-hash every file; returns how many.
+
+        Raises:
+            CheckFailed: lists what is missing, changed, or not in the manifest.
+        """
+        problems = []
+        for name, info in sorted(self.manifest.files.items()):
+            path = inside(self.path, name)
+            if not path.is_file():
+                problems.append(f"{name}: missing")
+            elif path.stat().st_size != info.size or sha256_file(path) != info.sha256:
+                problems.append(f"{name}: changed, its SHA-256 does not fit the manifest")
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
+        problems += [
+            f"{name}: not in the manifest" for name in sorted(present - {"manifest.json", *self.manifest.files})
+        ]
+        if problems:
+            raise CheckFailed(
+                "the bundle's files do not fit its manifest",
+                where=str(self.path),
+                why=f"{len(problems)} of {len(self.manifest.files)} differ",
+                fix="copy the bundle again, or export anew",
+                details=problems,
+            )
+        return len(self.manifest.files)
+
+    def verify(self) -> Verified:
+        """Re-hash all files and re-run the golden inputs on this machine; works without torch where the target does.
+
+        Raises:
+            CheckFailed: a file differs, or an output is further from its reference than the tolerance.
+            ToolchainMissing: the target's runtime is not installed.
+        """
+        files = self.check_files()
+        numerics: dict[str, dict[str, Numerics]] = {}
+        for name, entry, feeds, reference in self.golden():
+            outputs = self.run(feeds, entry)
+            numerics[name] = {key: compare(value, outputs[key]) for key, value in reference.items()}
+        if not numerics:
+            raise CheckFailed("the bundle has no golden samples", where=str(self.path), fix="export anew")
+        failed = [
+            f"{name} {key}: relative L2 {n.relative_l2:.3g}, {n.nonfinite} not finite"
+            for name, sample in numerics.items()
+            for key, n in sample.items()
+            if not n.holds(self.manifest.tolerance)
+        ]
+        if failed:
+            raise CheckFailed(
+                "the numbers do not hold on this machine",
+                where=str(self.path),
+                why=f"tolerance is a relative L2 of {self.manifest.tolerance:g}",
+                fix="the runtime here computes otherwise than the one that the bundle was proven with: "
+                + ", ".join(f"{k} {v}" for k, v in self.manifest.tools.items()),
+                details=failed,
+            )
+        return Verified(files, numerics, self.manifest.tolerance)
+
+
+def write_bundle(
+    final: Path, manifest: Manifest, artifact: Path, golden: Path, readme: str, *, replace: bool = False
+) -> Bundle:
+    """Put a bundle together beside ``final`` and rename it into place, complete.
+
+    Args:
+        artifact: folder with the artifact's files. golden: folder with ENTRY-NNN.npz files.
+        replace: take the place of an existing folder.
+    """
+    with whole_folder(final, replace=replace) as folder:
+        shutil.copytree(artifact, folder, dirs_exist_ok=True)
+        shutil.copytree(golden, folder / "golden")
+        if manifest.requirement:
+            shutil.copyfile(RUNNER, folder / "run.py")
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        files: dict[str, Any] = {
+            path.relative_to(folder).as_posix(): FileInfo(sha256=sha256_file(path), size=path.stat().st_size)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        sealed = manifest.model_copy(update={"files": files}).sealed()
+        (folder / "manifest.json").write_text(sealed.text(), encoding="utf-8")
+    return Bundle(final, sealed)

@@ -1,0 +1,154 @@
+"""The manifest of a bundle: what is in it, how it was made, and what was proven."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.hashing import sha256_data
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorInfo(_Part):
+    """An input or output of an entry."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class EntryInfo(_Part):
+    """A runnable graph: its file in the bundle, inputs and outputs."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+class FileInfo(_Part):
+    """SHA-256 and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+class StageInfo(_Part):
+    """One stage of the pipeline: its cache key, how long it took and its own peak memory when it ran."""
+
+    name: str
+    key: str
+    seconds: float
+    peak_mb: float
+
+
+class Weights(_Part):
+    """Where the weights come from; random ones are called random."""
+
+    kind: Literal["checkpoint", "random"]
+    sha256: str | None = None
+    seed: int
+
+
+class Manifest(_Part):
+    """Everything that is known of a bundle.
+
+    Attributes:
+        key: digest of all that went in: recipe, weights, code, tool versions, host architecture.
+        files: every file of the bundle but this one.
+        reparam: the reparameterization proof (``edgeattn.reparam.Proof.to_dict``).
+        numerics: what the artifact's numbers were held against, by golden sample and output.
+        task: score on the held-out samples, for the reference and for the artifact.
+        facts: what the target recorded: opset, node counts, what stayed in float32 and why.
+        digest: SHA-256 of all other fields, so that a change of the manifest itself is seen.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    target: str
+    precision: str
+    device: str | None
+    created: str
+    key: str
+    weights: Weights
+    recipe: dict[str, Any]
+    recipe_sha256: str
+    entries: dict[str, EntryInfo]
+    requirement: str
+    tolerance: float
+    files: dict[str, FileInfo] = Field(default_factory=dict)
+    tools: dict[str, str | None]
+    host: dict[str, str]
+    stages: tuple[StageInfo, ...]
+    reparam: dict[str, Any]
+    numerics: dict[str, Any]
+    task: dict[str, Any] | None = None
+    facts: dict[str, Any] = Field(default_factory=dict)
+    digest: str = ""
+
+    def sealed(self) -> Manifest:
+        """A copy whose ``digest`` fits the other fields."""
+        data = self.model_dump(mode="json")
+        data.pop("digest")
+        return self.model_copy(update={"digest": sha256_data(data)})
+
+    def text(self) -> str:
+        """The one text of this manifest; a file that differs from it in any byte was changed."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        UsageError: not there, or of a newer schema. CheckFailed: damaged, or changed after it was sealed.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            "this is not a bundle", value=path.parent, why=f"manifest.json cannot be read ({error.strerror})"
+        ) from error
+    try:
+        text = raw.decode("utf-8")
+        data = json.loads(text)
+        version = data["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckFailed(
+            "the manifest is damaged",
+            where=str(path),
+            why=f"not a manifest in JSON: {error}",
+            fix="copy the bundle again",
+        ) from error
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(
+            "the bundle was made by a newer EdgeAttn",
+            value=f"schema version {version}",
+            where=str(path),
+            why=f"this version reads up to {SCHEMA_VERSION}",
+            fix="pip install --upgrade edgeattn",
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(map(str, item["loc"]))
+        raise CheckFailed(
+            "the manifest is damaged", where=f"{path}, {key}", why=item["msg"], fix="copy the bundle again"
+        ) from error
+    if manifest.sealed().digest != manifest.digest or manifest.text() != text:
+        raise CheckFailed(
+            "the manifest was changed after it was sealed",
+            where=str(path),
+            why="its digest does not fit its content",
+            fix="copy the bundle again, or export anew",
+        )
+    return manifest

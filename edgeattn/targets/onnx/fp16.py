@@ -1,0 +1,231 @@
+"""Float16 storage for an ONNX graph, with the operations that do not survive it kept in float32.
+
+What is kept is found by measuring on samples: first every tensor whose float32 values come within a factor of two of
+float16's largest number; then, run by run, the first operation whose float16 result is not finite or far from its
+float32 one although its inputs are near. No list of operation names decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from edgeattn.core.numerics import Array, compare
+from edgeattn.targets.base import TraceValue
+from edgeattn.targets.onnx.runtime import module_of, trace_model
+
+#: Largest finite float16.
+LARGEST = 65504.0
+#: Samples are not all inputs: a tensor that reaches half of ``LARGEST`` on them is kept in float32.
+HEADROOM = 2.0
+#: An operation whose relative L2 error exceeds this, and its inputs' error tenfold, is kept in float32.
+JUMP = 2e-2
+#: At most this many operations are added one by one after the measured ranges.
+ROUNDS = 24
+
+_HALF, _SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An operation kept in float32: its node, the torch module it came from, and what was measured."""
+
+    node: str
+    op: str
+    module: str
+    why: str
+
+    def as_dict(self) -> dict[str, str]:
+        """Plain data for the manifest."""
+        return asdict(self)
+
+
+def _peaks(traces: Sequence[Sequence[TraceValue]]) -> dict[str, float]:
+    """Largest finite magnitude of every tensor over all samples; attention masks of -inf are no overflow."""
+    peaks: dict[str, float] = {}
+    for trace in traces:
+        for item in trace:
+            finite = np.abs(item.value[np.isfinite(item.value)])
+            peaks[item.name] = max(peaks.get(item.name, 0.0), float(finite.max()) if finite.size else 0.0)
+    return peaks
+
+
+def _constant_peak(value: ir.Value) -> float:
+    if value.const_value is None or value.dtype != _SINGLE:
+        return 0.0
+    array = np.abs(value.const_value.numpy())
+    array = array[np.isfinite(array)]
+    return float(array.max()) if array.size else 0.0
+
+
+def _sum_length(node: ir.Node) -> float:
+    """How many terms a mean adds up before it divides: its sum, not its result, must fit."""
+    if node.op_type not in ("ReduceMean", "GlobalAveragePool", "AveragePool") or not node.inputs[0]:
+        return 1.0
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if node.op_type == "AveragePool":
+        kernel = node.attributes["kernel_shape"].as_ints()
+        return float(np.prod(kernel))
+    if before is None or after is None or not all(isinstance(n, int) for n in (*before, *after)):
+        return 1.0
+    return float(np.prod([int(n) for n in before]) / max(1.0, float(np.prod([int(n) for n in after]))))  # type: ignore[arg-type]
+
+
+def _out_of_range(node: ir.Node, peaks: Mapping[str, float]) -> str | None:
+    limit = LARGEST / HEADROOM
+    for value in node.inputs:
+        if value is not None and _constant_peak(value) > LARGEST:
+            return f"constant {value.name} reaches {_constant_peak(value):.3g}, float16 ends at {LARGEST:.0f}"
+        if value is not None and peaks.get(str(value.name), 0.0) > limit:
+            return f"input {value.name} reaches {peaks[str(value.name)]:.3g}, float16 ends at {LARGEST:.0f}"
+    for value in node.outputs:
+        peak = peaks.get(str(value.name), 0.0) * _sum_length(node)
+        if peak > limit:
+            return f"its result or its sum reaches {peak:.3g}, float16 ends at {LARGEST:.0f}"
+    return None
+
+
+def _slots(node: ir.Node, opsets: Mapping[str, int]) -> tuple[list[bool], list[bool]] | None:
+    """Which inputs and outputs of a node may be float16 by its operator schema; None if the node must stay float32."""
+    if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
+
+    def formal(parameters: Sequence[Any], index: int) -> str:
+        return str(parameters[min(index, len(parameters) - 1)].type_str)
+
+    kinds = [formal(schema.inputs, i) for i in range(len(node.inputs))]
+    half = {k for k in kinds if {"tensor(float16)", "tensor(float)"} <= allowed.get(k, set())}
+    for kind, value in zip(kinds, node.inputs, strict=True):
+        if value is not None and value.dtype == _SINGLE and kind not in half and kind != "tensor(float)":
+            return None
+    takes = [k in half for k in kinds]
+    # An output whose type is not that of an input (Cast, Constant, ...) keeps the dtype that it declares.
+    gives = [formal(schema.outputs, i) in half for i in range(len(node.outputs))]
+    return takes, gives
+
+
+def convert(model: ir.Model, keep: set[str]) -> None:
+    """Store weights and tensors as float16 in place, except for the nodes named in ``keep``.
+
+    Given a float32 graph; result: the same graph with float16 tensors, a Cast where the two meet, and inputs and
+    outputs still float32 under their old names.
+    """
+    graph = model.graph
+    casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+    nodes = list(graph)
+
+    def as_type(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """``value`` itself, or its cast, made once and placed right behind its producer."""
+        if value.dtype == dtype:
+            return value
+        key = (id(value), dtype)
+        if key in casts:
+            return casts[key]
+        suffix = "fp16" if dtype == _HALF else "fp32"
+        if value.is_initializer() and value.const_value is not None:
+            data = value.const_value.numpy().astype(dtype.numpy())
+            cast = ir.Value(
+                name=f"{value.name}_{suffix}", type=ir.TensorType(dtype), shape=value.shape, const_value=ir.tensor(data)
+            )
+            graph.register_initializer(cast)
+        else:
+            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_to_{suffix}")
+            producer = value.producer()
+            if producer is not None:
+                if notes := producer.metadata_props.get("pkg.torch.onnx.name_scopes"):
+                    node.metadata_props["pkg.torch.onnx.name_scopes"] = notes
+                graph.insert_after(producer, node)
+            else:
+                graph.insert_before(graph[0], node)
+            cast = node.outputs[0]
+            cast.name, cast.type, cast.shape = f"{value.name}_{suffix}", ir.TensorType(dtype), value.shape
+        casts[key] = cast
+        return cast
+
+    for node in nodes:
+        slots = None if node.name in keep else _slots(node, model.opset_imports)
+        for i, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (_SINGLE, _HALF):
+                continue
+            wanted = _HALF if slots and slots[0][i] else _SINGLE
+            node.replace_input_with(i, as_type(value, wanted))
+        for i, value in enumerate(node.outputs):
+            if slots and slots[1][i] and value.dtype == _SINGLE:
+                value.type = ir.TensorType(_HALF)
+    for i, output in enumerate(list(graph.outputs)):
+        if output.dtype == _HALF:
+            name, output.name = output.name, f"{output.name}_fp16"
+            cast = as_type(output, _SINGLE)
+            cast.name = name
+            graph.outputs[i] = cast
+    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+        del graph.initializers[name]
+
+
+def _worst_jump(single: Mapping[str, Array], half: Sequence[TraceValue], model: ir.Model) -> tuple[ir.Node, str] | None:
+    """The first node whose float16 result leaves its float32 one while its inputs are still near."""
+    errors: dict[str, float] = {}
+    by_name = {item.name: item for item in half}
+    for node in model.graph:
+        if node.op_type == "Cast":
+            continue
+        for value in node.outputs:
+            name = str(value.name)
+            item = by_name.get(name)
+            reference = single.get(name.removesuffix("_fp16") if name not in single else name)
+            if item is None or reference is None or reference.shape != item.value.shape:
+                continue
+            measured = compare(reference, item.value.astype(np.float32))
+            lost = measured.nonfinite - measured.nonfinite_reference
+            errors[name] = np.inf if lost > 0 else measured.relative_l2
+            before = max(
+                (errors.get(str(v.name), errors.get(str(v.name).rpartition("_")[0], 0.0)) for v in node.inputs if v),
+                default=0.0,
+            )
+            if lost > 0:
+                return node, f"{lost} results are not finite in float16"
+            if errors[name] > JUMP and errors[name] > 10 * before:
+                return node, f"relative L2 error {errors[name]:.2g} in float16, its inputs' {before:.2g}"
+    return None
+
+
+def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir.Model, list[Kept]]:
+    """A float16 copy of ``model``, and the operations that it keeps in float32 with the reasons.
+
+    Args:
+        model: float32, straight from the exporter.
+        samples: feeds on which ranges and errors are measured; at least one.
+    """
+    if not samples:
+        raise ValueError("to_fp16 needs at least one sample to measure on")
+    for i, node in enumerate(model.graph):
+        node.name = node.name or f"node_{i}"
+    traces = [trace_model(model, feeds) for feeds in samples]
+    peaks = _peaks(traces)
+    single = {item.name: item.value for item in traces[0]} | dict(samples[0])
+    for name in samples[0]:
+        peaks[name] = max(float(np.abs(feeds[name]).max(initial=0)) for feeds in samples)
+    kept = {
+        str(node.name): Kept(str(node.name), node.op_type, module_of(node), why)
+        for node in model.graph
+        if (why := _out_of_range(node, peaks))
+    }
+    for _ in range(ROUNDS):
+        half = model.clone()
+        convert(half, set(kept))
+        jump = _worst_jump(single, trace_model(half, samples[0]), half)
+        if jump is None or jump[0].name in kept:
+            break
+        node, why = jump
+        kept[str(node.name)] = Kept(str(node.name), node.op_type, module_of(node), why)
+    return half, list(kept.values())

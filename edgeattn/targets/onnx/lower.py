@@ -1,0 +1,148 @@
+"""From a captured program to .onnx files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from edgeattn.capture import Entry, Program
+from edgeattn.core.errors import ConversionFailed
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.onnx.fp16 import to_fp16
+
+#: The newest opset whose graphs all of our later consumers parse (TensorRT takes decomposed attention only).
+OPSET = 20
+
+#: Weights go to a second file from this many bytes on; a protobuf message cannot exceed 2 GB.
+EXTERNAL_BYTES = 1_500_000_000
+
+#: The exporter's notes on a node that stay in the file: the module path. The others hold file paths of this machine.
+_KEPT_NOTES = ("pkg.torch.onnx.name_scopes",)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _export(entry: Entry) -> ir.Model:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                entry.graph,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=list(entry.inputs),
+                output_names=list(entry.outputs),
+            )
+    except Exception as error:
+        raise _failure(entry, error) from error
+    if program is None:
+        raise ConversionFailed("the ONNX exporter returned nothing")
+    return program.model
+
+
+def _failure(entry: Entry, error: Exception) -> ConversionFailed:
+    """Every operation that has no ONNX form, with its module path; or the exporter's own reason."""
+    from torch.onnx._internal.exporter import _registration
+
+    with _quiet(), contextlib.suppress(Exception):
+        registry = _registration.ONNXRegistry.from_torchlib(OPSET)
+        found = []
+        for node in entry.graph.run_decompositions({}).graph.nodes:
+            if (
+                node.op == "call_function"
+                and "getitem" not in str(node.target)
+                and not registry.get_decomps(node.target)
+            ):
+                stack = list((node.meta.get("nn_module_stack") or {}).values())
+                found.append(f"{node.target} in module {stack[-1][0] if stack and stack[-1][0] else '(model)'}")
+        if found:
+            return ConversionFailed(
+                "operations have no ONNX form",
+                why=f"{len(set(found))} found",
+                fix="write them with other PyTorch operations",
+                details=sorted(set(found)),
+            )
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    match = re.search(r"name_scopes|nn_module_stack.*?'([^']+)'", str(error))
+    return ConversionFailed(
+        "the ONNX exporter failed",
+        where=match[1] if match and match[1] else None,
+        why=lines[-1][:400] if lines else type(error).__name__,
+    )
+
+
+def _tidy(model: ir.Model, metadata: dict[str, str]) -> None:
+    """Keep what is true on every machine, so that the same input gives the same bytes."""
+    model.graph.name = "main"
+    model.producer_name, model.producer_version = "edgeattn", metadata.get("edgeattn", "")
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props.update({f"edgeattn.{key}": value for key, value in sorted(metadata.items())})
+    for node in model.graph:
+        node.doc_string = None
+        for key in [key for key in node.metadata_props if key not in _KEPT_NOTES]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _tensors(values: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(str(v.name), tuple(int(n) for n in v.shape), str(v.dtype.numpy()) if v.dtype else "float32")
+        for v in values
+    )
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
+    """Write one .onnx file for each entry into ``out``: ``model.onnx`` for ``main``.
+
+    Inputs and outputs stay float32 in both precisions, so that the caller's code does not change with it.
+
+    Raises:
+        ConversionFailed: lists the operations without an ONNX form and their modules.
+    """
+    entries: dict[str, ArtifactEntry] = {}
+    facts: dict[str, Any] = {"opset": OPSET, "entries": {}}
+    for name, entry in program.entries.items():
+        model = _export(entry)
+        note: dict[str, Any] = {}
+        if plan.precision == "fp16":
+            model, kept = to_fp16(model, plan.samples)
+            note["kept_in_fp32"] = [k.as_dict() for k in kept]
+        _tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
+        file = "model.onnx" if name == "main" else f"{name}.onnx"
+        weights = _weight_bytes(model)
+        ir.save(model, out / file, external_data=f"{file}.data" if weights > EXTERNAL_BYTES else None)
+        entries[name] = ArtifactEntry(file, _tensors(model.graph.inputs), _tensors(model.graph.outputs))
+        note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
+        note["weight_bytes"] = weights
+        facts["entries"][name] = note
+    return Artifact(out, plan.precision, entries, facts)

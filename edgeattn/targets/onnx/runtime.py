@@ -1,0 +1,134 @@
+"""ONNX Runtime on the CPU: outputs, and every tensor on the way to them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.numerics import Array
+from edgeattn.targets.base import Artifact, TraceValue
+
+#: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.
+TRACE_BYTES = 512_000_000
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def _session(source: str | bytes, optimized: bool = True) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception types are private
+        raise CheckFailed("ONNX Runtime cannot load the graph", why=str(error).splitlines()[0]) from error
+
+
+def module_of(node: ir.Node) -> str:
+    """Path of the torch module that the exporter recorded for a node; "" outside of any child."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    return str(scopes[-2]) if len(scopes) >= 2 else ""
+
+
+def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> list[TraceValue]:
+    """Run ``model`` with graph optimizations off and every float tensor an output, in pieces of ``TRACE_BYTES``.
+
+    Making a tensor an output forces it to be stored in its declared dtype, so that a float16 graph is computed with
+    every tensor rounded to float16, also where the CPU provider would skip a pair of casts.
+
+    Args:
+        model: in memory; its graph outputs are restored before returning.
+        feeds: by input name.
+    """
+    producers = [
+        (value, node)
+        for node in model.graph
+        for value in node.outputs
+        if value.name and value.dtype in _FLOATS and value.shape is not None
+    ]
+    original = list(model.graph.outputs)
+    pieces: list[list[tuple[ir.Value, ir.Node]]] = [[]]
+    held = 0
+    for value, node in producers:
+        size = 4 * int(np.prod([n if isinstance(n, int) else 1 for n in value.shape or ()]))
+        if held + size > TRACE_BYTES and pieces[-1]:
+            pieces.append([])
+            held = 0
+        pieces[-1].append((value, node))
+        held += size
+    values: list[TraceValue] = []
+    for piece in pieces:
+        extra = [value for value, _ in piece if not any(value is output for output in original)]
+        model.graph.outputs[:] = [*original, *extra]
+        try:
+            session = _session(ir.serde.serialize_model(model).SerializeToString(), optimized=False)
+        finally:
+            model.graph.outputs[:] = original
+        names = [str(value.name) for value, _ in piece]
+        arrays = session.run(names, dict(feeds))
+        values += [
+            TraceValue(name, module_of(node), node.op_type, array)
+            for name, (_, node), array in zip(names, piece, arrays, strict=True)
+        ]
+    return values
+
+
+class OnnxRuntime:
+    """An artifact's entries under ONNX Runtime; sessions are made when first needed."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def _path(self, entry: str) -> str:
+        if entry not in self._artifact.entries:
+            known = ", ".join(self._artifact.entries)
+            raise UsageError("the artifact has no such entry", value=entry, why=f"it has {known}")
+        return str(self._artifact.folder / self._artifact.entries[entry].file)
+
+    def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, as ONNX Runtime computes them with its default optimizations.
+
+        Raises:
+            UsageError: unknown entry, or feeds whose names, shapes or dtypes differ from the entry's.
+        """
+        path = self._path(entry)
+        check_feeds(self._artifact.entries[entry].inputs, feeds)
+        if entry not in self._sessions:
+            self._sessions[entry] = _session(path)
+        session = self._sessions[entry]
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
+        """Every float tensor of the graph, in order; see ``trace_model``."""
+        return trace_model(ir.load(self._path(entry)), feeds)
+
+
+def check_feeds(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> None:
+    """Compare feeds with an entry's inputs.
+
+    Raises:
+        UsageError: a missing or unknown name, another shape or dtype.
+    """
+    wanted = {spec.name: spec for spec in inputs}
+    if set(wanted) != set(feeds):
+        raise UsageError("the inputs do not match", value=", ".join(feeds), why=f"wanted are {', '.join(wanted)}")
+    for name, spec in wanted.items():
+        given = feeds[name]
+        if tuple(given.shape) != tuple(spec.shape) or str(given.dtype) != spec.dtype:
+            raise UsageError(
+                "an input has another shape or dtype",
+                value=f"{name}: {tuple(given.shape)} {given.dtype}",
+                why=f"the artifact takes {tuple(spec.shape)} {spec.dtype}",
+            )
