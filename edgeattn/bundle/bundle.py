@@ -109,7 +109,7 @@ class Bundle:
         """Re-hash every file; returns how many.
 
         Raises:
-            CheckFailed: lists what is missing, changed, or not in the manifest.
+            CheckFailed: lists what is missing or changed.
         """
         problems = []
         for name, info in sorted(self.manifest.files.items()):
@@ -118,10 +118,6 @@ class Bundle:
                 problems.append(f"{name}: missing")
             elif path.stat().st_size != info.size or sha256_file(path) != info.sha256:
                 problems.append(f"{name}: changed, its SHA-256 does not fit the manifest")
-        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
-        problems += [
-            f"{name}: not in the manifest" for name in sorted(present - {"manifest.json", *self.manifest.files})
-        ]
         if problems:
             raise CheckFailed(
                 "the bundle's files do not fit its manifest",
@@ -165,16 +161,19 @@ class Bundle:
 
 
 def write_bundle(
-    final: Path, manifest: Manifest, artifact: Path, golden: Path, readme: str, *, replace: bool = False
+    final: Path, manifest: Manifest, artifact: Mapping[Path, str], golden: Path, readme: str, *, replace: bool = False
 ) -> Bundle:
     """Put a bundle together beside ``final`` and rename it into place, complete.
 
     Args:
-        artifact: folder with the artifact's files. golden: folder with ENTRY-NNN.npz files.
+        artifact: the artifact's files and their names in the bundle. golden: folder with ENTRY-NNN.npz files.
         replace: take the place of an existing folder.
     """
     with whole_folder(final, replace=replace) as folder:
-        shutil.copytree(artifact, folder, dirs_exist_ok=True)
+        for source, name in artifact.items():
+            place = inside(folder, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
         shutil.copytree(golden, folder / "golden")
         if manifest.requirement:
             shutil.copyfile(RUNNER, folder / "run.py")

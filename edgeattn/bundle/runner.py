@@ -38,7 +38,11 @@ def place(name: str) -> str:
 
 
 def check_files(manifest: dict[str, Any]) -> None:
-    """Every file is there and has the bytes that were proven."""
+    """The manifest is as it was sealed; every file is there and has the bytes that were proven."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if hashlib.sha256(text.encode()).hexdigest() != manifest["digest"]:
+        raise Problem(1, "manifest.json was changed: its digest does not fit its content; copy the bundle again")
     for name, info in sorted(manifest["files"].items()):
         path, digest = place(name), hashlib.sha256()
         if not os.path.isfile(path):

@@ -41,6 +41,8 @@ class EdgeAttnError(Exception):
         self.why = why
         self.fix = fix
         self.details = list(details)
+        #: Traceback of the process that raised it, for ``--debug``.
+        self.traceback_text: str | None = None
 
     def parts(self) -> list[tuple[str, str]]:
         """The labelled parts after ``what``, in the order in which they are shown."""

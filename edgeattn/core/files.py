@@ -65,17 +65,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary sibling to fill; on success it becomes ``final``, on any error it is removed.
-
-    Args:
-        final: the folder that is to appear, complete.
-        replace: take the place of an existing ``final``; without it an existing one wins and the new one is dropped.
-
-    Raises:
-        UsageError: the parent cannot be made or written.
-    """
+def _begin(final: Path) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(final.parent)
@@ -84,10 +74,36 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(
             "the output folder cannot be written",
-            value=final,
+            value=final.parent,
             why=f"{error.strerror or error}: {error.filename}",
             fix="choose another folder with --output, or change its permissions",
         ) from error
+    return temporary
+
+
+def check_writable(folder: Path) -> None:
+    """Say before the work, not after it, that nothing could be written into ``folder``.
+
+    Raises:
+        UsageError: as ``whole_folder`` would.
+    """
+    remove(_begin(folder / "probe"))
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling to fill; on success it becomes ``final``, on any error it is removed.
+
+    Its files are on the disk before it is renamed, so that a power cut leaves nothing half-written either.
+
+    Args:
+        final: the folder that is to appear, complete.
+        replace: take the place of an existing ``final``; without it an existing one wins and the new one is dropped.
+
+    Raises:
+        UsageError: the parent cannot be made or written.
+    """
+    temporary = _begin(final)
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -100,14 +116,30 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.rename(final)
             remove(aside)
         else:
-            # Renaming onto a filled folder fails: another process was first, and its result stands.
-            with contextlib.suppress(FileExistsError, OSError):
-                temporary.rename(final)
-            if not final.is_dir():
-                raise OSError(f"could not rename {temporary} to {final}")
+            move_into(temporary, final)
         _sync(final.parent)
     finally:
         remove(temporary)
+
+
+def move_into(folder: Path, final: Path) -> None:
+    """Rename a filled folder to ``final``. If another process was first its folder stands, and ours is dropped."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        remove(folder)
+
+
+def scratch_folder(parent: Path) -> Path:
+    """A new empty folder in ``parent`` that is cleared away if this process dies before it is moved."""
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(parent)
+    folder = _sibling(parent / "work", "tmp")
+    folder.mkdir()
+    return folder
 
 
 def write_whole(path: Path, data: bytes) -> None:

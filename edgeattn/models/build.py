@@ -50,13 +50,13 @@ def import_timm() -> ModuleType:
         raise ToolchainMissing(
             "timm is not installed", why="timm: models are built by it", fix="pip install 'edgeattn[timm]'"
         )
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, schema in (
         ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
         ("qnms", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
     ):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]
     _KEPT.append(library)
     return importlib.import_module("timm")
 

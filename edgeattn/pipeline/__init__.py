@@ -1,0 +1,1 @@
+"""The pipeline: the plan (stages as a graph), the content-addressed cache, the worker process, the export."""

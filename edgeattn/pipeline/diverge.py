@@ -1,0 +1,59 @@
+"""Where two programs part: the first torch module whose output an artifact no longer gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeattn.core.numerics import TOLERANCES, Array, compare
+
+if TYPE_CHECKING:
+    from edgeattn.pipeline.context import Context
+    from edgeattn.targets.base import Runtime
+
+
+def module_outputs(model: object, feeds: dict[str, Array]) -> dict[str, Array]:
+    """Single-tensor outputs of every module in the order in which they are finished, by path."""
+    import torch
+
+    assert isinstance(model, torch.nn.Module)
+    outputs: dict[str, Array] = {}
+
+    def keep(path: str, value: object) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            outputs[path] = value.detach().clone().numpy()
+
+    handles = [
+        m.register_forward_hook(lambda _m, _i, value, path=path: keep(path, value)) for path, m in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(*(torch.from_numpy(value) for value in feeds.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def first_divergence(context: Context, runtime: Runtime, feeds: dict[str, Array]) -> str:
+    """Names the first module of the deploy form whose output the artifact misses by more than the tolerance.
+
+    A module's output inside the artifact is the last tensor that the exporter attributes to it or to a child of it;
+    modules whose tensors were fused away or have another layout are passed over.
+    """
+    torch_values = module_outputs(context.value("reparameterize"), feeds)
+    trace = runtime.trace("main", feeds)
+    tolerance = TOLERANCES[context.job.precision]
+    for path, reference in torch_values.items():
+        inside = [t for t in trace if path and (t.module == path or t.module.startswith(f"{path}."))]
+        if not inside or inside[-1].value.shape != reference.shape:
+            continue
+        found = inside[-1]
+        measured = compare(reference, found.value.astype(np.float32))
+        if not measured.holds(tolerance):
+            return (
+                f"module {path} is the first to diverge (its {found.op}, tensor {found.name}): "
+                f"relative L2 {measured.relative_l2:.3g}, largest reference value {float(np.abs(reference).max()):.3g}"
+            )
+    return "no single module: the error builds up over the whole graph"

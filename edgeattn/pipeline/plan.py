@@ -1,0 +1,105 @@
+"""The plan: every stage of a job with its cache key, known before anything heavy is imported."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import edgeattn
+from edgeattn.core import tools
+from edgeattn.core.errors import UsageError
+from edgeattn.core.hashing import sha256_data, sha256_file, sha256_sources
+from edgeattn.device import Device
+from edgeattn.pipeline.cache import Cache, Record
+from edgeattn.pipeline.job import Job
+from edgeattn.pipeline.stages import STAGES, Stage
+from edgeattn.targets.base import Target
+
+PACKAGE = Path(edgeattn.__file__).parent
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of a job.
+
+    Attributes:
+        key: SHA-256 over all that can change the result.
+        record: the cached result, or None if the stage has to run.
+    """
+
+    stage: Stage
+    key: str
+    record: Record | None
+
+
+def sources_key(job: Job) -> str:
+    """Under which the files that a model is built from are noted."""
+    return sha256_data(STAGES[0].config(job) | {"folder": job.resolved.folder})
+
+
+def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
+    """Digests of the files and versions of the distributions that the model was built from last time.
+
+    None before the first build. A factory that reads other files now differs in one of those that it read before.
+    """
+    noted = cache.sources(sources_key(job))
+    if noted is None:
+        return None
+    return {
+        "files": {name: sha256_file(Path(name)) if Path(name).is_file() else None for name in noted["files"]},
+        "distributions": {name: tools.version(name) for name in noted["distributions"]},
+    }
+
+
+def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
+    """All stages up to ``upto`` in order. Reads files and package metadata only."""
+    keys: dict[str, str] = {}
+    planned = []
+    for stage in STAGES:
+        content: dict[str, Any] = {
+            "stage": stage.name,
+            "config": stage.config(job),
+            "code": sha256_sources(PACKAGE, stage.code(job)),
+            "tools": tools.versions(stage.tools(job)),
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            "host": tools.host(),
+            "needs": {name: keys[name] for name in stage.needs},
+        }
+        known = True
+        if stage.name == "build":
+            content["sources"] = _sources(job, cache)
+            known = content["sources"] is not None
+        key = sha256_data(content)
+        keys[stage.name] = key
+        # Without the sources the true key is not known yet, and nothing after the build can be found either.
+        planned.append(Planned(stage, key, cache.get(key) if known else None))
+        if stage.name == upto:
+            break
+    return planned
+
+
+def check_choice(target: Target, precision: str, device: Device | None, known: Sequence[str]) -> None:
+    """Whether a target can hold a precision and run on a device.
+
+    Raises:
+        UsageError: says what would do.
+    """
+    if device is not None and target.name not in device.targets:
+        raise UsageError(
+            "the device does not run this target",
+            value=f"{device.name}: {target.name}",
+            why=f"it runs {', '.join(device.targets)}",
+            fix="choose another --target or --device",
+        )
+    held = target.precisions(device)
+    if precision not in held:
+        raise UsageError(
+            "the target cannot hold this precision" if precision in known else "unknown precision",
+            value=precision,
+            where=f"target {target.name}",
+            why=f"it holds {', '.join(held)}",
+            fix=f"--precision {held[0]}",
+        )

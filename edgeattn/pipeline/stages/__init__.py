@@ -1,0 +1,123 @@
+"""The stages of an export: what each depends on. Their code is in the modules beside, imported by the worker only.
+
+recipe -> build -> reference
+               \\-> reparameterize -> capture -> lower -> verify -> bundle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edgeattn import targets
+from edgeattn.pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from values to a new value.
+
+    Attributes:
+        needs: stages whose results go in.
+        code: files and folders of the package whose bytes are the stage's code version.
+        tools: distributions whose versions can change the result.
+        config: the part of the job that can change the result, as plain data.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    code: Callable[[Job], tuple[str, ...]]
+    tools: Callable[[Job], tuple[str, ...]]
+    config: Callable[[Job], dict[str, Any]]
+
+
+def _build_config(job: Job) -> dict[str, Any]:
+    recipe = job.resolved.recipe.model_dump(mode="json")
+    return {
+        "factory": recipe["model"]["factory"],
+        "args": recipe["model"]["args"],
+        "checkpoint": job.resolved.checkpoint_sha256,
+        "inputs": recipe["inputs"],
+        "seed": recipe["seed"],
+    }
+
+
+def _reference_config(job: Job) -> dict[str, Any]:
+    recipe = job.resolved.recipe.model_dump(mode="json")
+    heldout = job.resolved.heldout_sha256
+    return {
+        "outputs": recipe["outputs"],
+        "preprocess": recipe["preprocess"] if heldout else None,
+        "heldout": heldout,
+        "golden": recipe["heldout"]["golden"] if heldout else None,
+    }
+
+
+def _lower_config(job: Job) -> dict[str, Any]:
+    return {"target": job.target, "precision": job.precision, "recipe": job.resolved.sha256}
+
+
+def _bundle_config(job: Job) -> dict[str, Any]:
+    return {"recipe": job.resolved.sha256, "device": job.device, "title": job.title}
+
+
+def _target_code(job: Job) -> tuple[str, ...]:
+    """A target's own folder; a third party's target is told apart by its tools' versions."""
+    return ("targets/base.py", f"targets/{job.target}") if job.target in OWN_TARGETS else ("targets/base.py",)
+
+
+#: Targets whose code is in this package.
+OWN_TARGETS = ("onnx", "null")
+
+STAGES = (
+    Stage(
+        "build",
+        (),
+        lambda job: ("core", "models/build.py", "models/checkpoint.py", "models/init.py", "pipeline/stages/build.py"),
+        lambda job: ("torch", "numpy", "safetensors"),
+        _build_config,
+    ),
+    Stage(
+        "reference",
+        ("build",),
+        lambda job: ("core", "pipeline/stages/reference.py"),
+        lambda job: ("torch", "numpy"),
+        _reference_config,
+    ),
+    Stage(
+        "reparameterize",
+        ("build", "reference"),
+        lambda job: ("core", "reparam", "pipeline/stages/reparameterize.py"),
+        lambda job: ("torch",),
+        lambda job: {},
+    ),
+    Stage(
+        "capture",
+        ("reparameterize", "reference"),
+        lambda job: ("core", "capture.py", "pipeline/stages/capture.py"),
+        lambda job: ("torch",),
+        lambda job: {},
+    ),
+    Stage(
+        "lower",
+        ("capture", "reference"),
+        lambda job: ("core", "pipeline/stages/lower.py", *_target_code(job)),
+        lambda job: targets.get(job.target).lower_tools,
+        _lower_config,
+    ),
+    Stage(
+        "verify",
+        ("lower", "reference"),
+        lambda job: ("core", "pipeline/stages/verify.py", "pipeline/diverge.py", *_target_code(job)),
+        lambda job: targets.get(job.target).runtime_tools,
+        lambda job: {},
+    ),
+    Stage(
+        "bundle",
+        ("verify", "lower", "reference", "reparameterize"),
+        lambda job: ("core", "bundle", "pipeline/export.py"),
+        lambda job: ("edgeattn",),
+        _bundle_config,
+    ),
+)

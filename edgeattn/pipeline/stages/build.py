@@ -1,0 +1,82 @@
+"""Build: recipe -> nn.Module in eval mode, and a note of the files that it was built from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import site
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from edgeattn.models.build import build
+from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.plan import PACKAGE
+
+_OPENED: set[str] = set()
+_WATCHING = False
+
+
+def _watch() -> None:
+    """Note every file that is opened from now on. An audit hook cannot be taken off, so it is put on once."""
+    global _WATCHING
+    if not _WATCHING:
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and isinstance(arguments[0], str):
+                _OPENED.add(arguments[0])
+
+        sys.addaudithook(hook)
+        _WATCHING = True
+
+
+def _libraries() -> list[Path]:
+    """Folders of the standard library and of installed packages, whose versions count instead of their bytes."""
+    names = {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()}
+    # The scheme's "data" and "scripts" folders are prefixes that hold whole virtual environments and home folders.
+    names -= {sysconfig.get_path("data"), sysconfig.get_path("scripts")}
+    return [Path(name).resolve() for name in names]
+
+
+def _read_files(own: set[str]) -> list[str]:
+    """Source files of loaded modules and files opened by the factory, as far as they are the model's own."""
+    libraries = _libraries()
+    loaded = {str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+    found = set()
+    for name in loaded | _OPENED:
+        path = Path(name)
+        if not name or not path.is_file() or path.suffix == ".pyc":
+            continue
+        path = path.resolve()
+        if path.is_relative_to(PACKAGE):
+            keep = path.is_relative_to(PACKAGE / "models")
+        else:
+            keep = not any(path.is_relative_to(folder) for folder in libraries)
+        if keep and not str(path).startswith(("/proc/", "/dev/", "/sys/")) and str(path) not in own:
+            found.add(str(path))
+    return sorted(found)
+
+
+def _distributions() -> list[str]:
+    """Installed packages that are loaded beside torch's own requirements."""
+    packages = importlib.metadata.packages_distributions()
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    return sorted({dist for name in loaded & set(packages) for dist in packages[name]})
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Leave the built model in memory; facts: its size, inputs and sources."""
+    _watch()
+    _OPENED.clear()
+    resolved = context.job.resolved
+    before = {name.partition(".")[0] for name in sys.modules}
+    built = build(resolved)
+    context.values["build"] = built
+    guests = {name.partition(".")[0] for name in sys.modules} - before
+    own = {str(Path(p).resolve()) for p in (resolved.checkpoint, resolved.heldout) if p}
+    return {
+        "parameters": sum(p.numel() for p in built.model.parameters()),
+        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in built.specs],
+        # Looking packages up is slow; a first citizen loads nothing beyond what the stage's tools list.
+        "sources": {"files": _read_files(own), "distributions": _distributions() if guests - {"edgeattn"} else []},
+    }

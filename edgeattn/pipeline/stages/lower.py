@@ -1,0 +1,50 @@
+"""Lower: program -> a target's artifact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import edgeattn
+from edgeattn import targets
+from edgeattn.core import tools
+from edgeattn.pipeline.context import Context, Result
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write the artifact's files."""
+    job = context.job
+    target = targets.get(job.target)
+    metadata = {
+        "edgeattn": edgeattn.__version__,
+        "recipe": job.resolved.recipe.name,
+        "recipe_sha256": job.resolved.sha256,
+        "weights": "random" if job.resolved.random_weights else f"sha256:{job.resolved.checkpoint_sha256}",
+        **{f"tool.{name}": version or "" for name, version in tools.versions(target.lower_tools).items()},
+    }
+    samples = [feeds for feeds, _ in context.golden()]
+    artifact = target.lower(context.value("capture"), LowerPlan(job.precision, samples, metadata), context.out)
+    return {
+        "entries": {
+            name: {
+                "file": entry.file,
+                "inputs": [vars(t) | {"shape": list(t.shape)} for t in entry.inputs],
+                "outputs": [vars(t) | {"shape": list(t.shape)} for t in entry.outputs],
+            }
+            for name, entry in artifact.entries.items()
+        },
+        "artifact": dict(artifact.facts),
+    }
+
+
+def artifact_of(result: Result, precision: str) -> Artifact:
+    """The artifact that ``run`` wrote."""
+    entries = {
+        name: ArtifactEntry(
+            entry["file"],
+            tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["inputs"]),
+            tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["outputs"]),
+        )
+        for name, entry in result.facts["entries"].items()
+    }
+    return Artifact(result.folder, precision, entries, result.facts["artifact"])

@@ -1,0 +1,133 @@
+"""Reference: golden inputs and what the training-form float32 model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgeattn.capture import run_eager
+from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.numerics import Array
+from edgeattn.models.build import Built
+from edgeattn.pipeline.context import Context
+from edgeattn.recipe import Resolved
+
+#: Golden samples of a model without held-out data.
+RANDOM_SAMPLES = 2
+
+
+def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Preprocessed inputs (N, ...) as float32, and labels (N,).
+
+    Raises:
+        UsageError: the file is not a .npz with x and y, or its samples do not fit the input's shape.
+    """
+    path = Path(str(resolved.heldout))
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            x, y = data["x"], data["y"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            "the held-out samples cannot be read",
+            value=path,
+            why=str(error),
+            fix="a .npz file with x (N, ...) and y (N,)",
+        ) from error
+    if x.shape[1:] != shape[1:] or y.shape != x.shape[:1] or not len(x):
+        raise UsageError(
+            "the held-out samples do not fit the input",
+            value=f"x {x.shape}, y {y.shape}",
+            where=str(path),
+            why=f"the input takes samples of {shape[1:]}",
+        )
+    pre = resolved.recipe.preprocess
+    values = x.astype(np.float32)
+    if pre is not None:
+        per_channel = (1, -1) + (1,) * (values.ndim - 2)
+        mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (pre.mean, pre.std))
+        values = (values * np.float32(pre.scale) - mean) / std
+    return values, y
+
+
+def batches(x: Array, size: int) -> Iterator[Array]:
+    """Consecutive batches of exactly ``size``; the last one is filled up with its own last sample."""
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]) if len(part) < size else part
+
+
+def _first_nonfinite(model: nn.Module, inputs: dict[str, Tensor]) -> str:
+    """Path of the first module whose output holds a NaN or an infinity."""
+    found: list[str] = []
+
+    def check(path: str, output: Any) -> None:
+        leaves = torch.utils._pytree.tree_leaves(output)
+        if not found and any(
+            isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in leaves
+        ):
+            found.append(path or "(model)")
+
+    handles = [
+        m.register_forward_hook(lambda _m, _i, output, path=path: check(path, output))
+        for path, m in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(*inputs.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "(model)"
+
+
+def _finite(model: nn.Module, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    for name, value in outputs.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            bad = int((~value.isfinite()).sum())
+            raise CheckFailed(
+                "the model's own output is not finite",
+                value=f"{name}: {bad} of {value.numel()} values",
+                where=f"module {_first_nonfinite(model, inputs)} gives the first one",
+                why="no export can be compared with NaN or infinity",
+                fix="check the checkpoint, the preprocessing and the input range",
+            )
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write golden/main-NNN.npz (in.NAME, out.NAME), and heldout.npz (logits, y) where the recipe has samples."""
+    built: Built = context.value("build")
+    resolved, names = context.job.resolved, context.job.resolved.recipe.outputs
+    golden = context.out / "golden"
+    golden.mkdir()
+    feeds: list[dict[str, Tensor]]
+    facts: dict[str, Any] = {"data": "random"}
+    if resolved.heldout:
+        spec = built.specs[0]
+        x, y = heldout_samples(resolved, spec.shape)
+        parts = list(batches(x, spec.shape[0]))
+        count = resolved.recipe.heldout.golden if resolved.recipe.heldout else 1
+        feeds = [{spec.name: torch.from_numpy(part)} for part in parts[:count]]
+        facts["data"] = "held-out samples"
+    else:
+        feeds = [built.random_inputs(resolved.recipe.seed + 1000 * (i + 1)) for i in range(RANDOM_SAMPLES)]
+    outputs: dict[str, Tensor] = {}
+    for i, feed in enumerate(feeds):
+        outputs = run_eager(built.model, feed, names)
+        _finite(built.model, feed, outputs)
+        arrays = {f"in.{k}": v.numpy() for k, v in feed.items()} | {f"out.{k}": v.numpy() for k, v in outputs.items()}
+        np.savez(golden / f"main-{i:03}.npz", **arrays)  # type: ignore[arg-type]
+    facts["outputs"] = list(outputs)
+    if resolved.heldout:
+        context.say(f"reference on {len(x)} held-out samples")
+        first = next(iter(outputs))
+        logits = np.concatenate(
+            [run_eager(built.model, {spec.name: torch.from_numpy(p)}, names)[first].numpy() for p in parts]
+        )[: len(y)]
+        np.savez(context.out / "heldout.npz", x=x, y=y, logits=logits)
+        facts["heldout"] = {"samples": len(y), "correct": int((logits.argmax(-1) == y).sum())}
+    return facts

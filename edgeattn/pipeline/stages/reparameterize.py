@@ -1,0 +1,21 @@
+"""Reparameterize: training form -> deploy form, every fused block proven."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edgeattn.models.build import Built
+from edgeattn.pipeline.context import Context
+from edgeattn.reparam import reparameterize
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Leave the deploy form in memory; fact: the proof."""
+    built: Built = context.value("build")
+    feeds, _ = context.golden()[0]
+    inputs = tuple(torch.from_numpy(value) for value in feeds.values())
+    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed)
+    context.values["reparameterize"] = result.model
+    return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}

@@ -1,0 +1,100 @@
+"""Verify: the artifact against the training-form float32 reference, on golden and on held-out samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgeattn import targets
+from edgeattn.core.errors import CheckFailed
+from edgeattn.core.numerics import TOLERANCES, Array, Numerics, compare
+from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.diverge import first_divergence
+from edgeattn.pipeline.stages.lower import artifact_of
+from edgeattn.targets.base import Runtime
+
+#: How many held-out samples more or fewer than the reference an artifact may get right.
+SAMPLES_OFF = 1
+
+
+def _rounded(runtime: Runtime, feeds: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Array]:
+    """The outputs with every tensor inside stored in the artifact's own dtype."""
+    values = {item.name: item.value for item in runtime.trace("main", feeds)}
+    return {name: values[name] for name in outputs if name in values}
+
+
+def _task(context: Context, runtime: Runtime) -> dict[str, Any] | None:
+    reference = context.results["reference"]
+    if "heldout" not in reference.facts:
+        return None
+    from edgeattn.pipeline.stages.reference import batches
+
+    with np.load(reference.folder / "heldout.npz", allow_pickle=False) as data:
+        x, y, logits = data["x"], data["y"], data["logits"]
+    spec = context.results["lower"].facts["entries"]["main"]["inputs"][0]
+    context.say(f"scoring {len(y)} held-out samples")
+    first = reference.facts["outputs"][0]
+    ours = np.concatenate([runtime.run("main", {spec["name"]: part})[first] for part in batches(x, spec["shape"][0])])
+    ours = ours[: len(y)]
+    correct = int((ours.argmax(-1) == y).sum())
+    expected = reference.facts["heldout"]["correct"]
+    return {
+        "metric": "top-1 accuracy",
+        "samples": len(y),
+        "reference_correct": expected,
+        "artifact_correct": correct,
+        "reference_accuracy": expected / len(y),
+        "artifact_accuracy": correct / len(y),
+        "top1_agreement": float((ours.argmax(-1) == logits.argmax(-1)).mean()),
+    }
+
+
+def _fail(context: Context, runtime: Runtime, feeds: dict[str, Array], failed: list[str], tolerance: float) -> None:
+    context.say("the numbers do not hold; looking for the module at which they diverge first")
+    precision = context.job.precision
+    fix = "try --precision fp32" if precision != "fp32" else "compare that module's operations with the target's"
+    raise CheckFailed(
+        "the artifact's numbers do not hold",
+        value=failed[0],
+        where=first_divergence(context, runtime, feeds),
+        why=f"tolerance is a relative L2 of {tolerance:g} for {precision}",
+        fix=fix,
+        details=failed[1:],
+    )
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Facts: tolerance, numerics by sample and output, task score.
+
+    Raises:
+        CheckFailed: an output is further from the reference than the tolerance or not finite (naming the module at
+            which they diverge first), or the artifact gets more than ``SAMPLES_OFF`` samples more or fewer right.
+    """
+    job = context.job
+    runtime = targets.get(job.target).open(artifact_of(context.results["lower"], job.precision))
+    tolerance = TOLERANCES[job.precision]
+    numerics: dict[str, dict[str, Any]] = {}
+    for i, (feeds, reference) in enumerate(context.golden()):
+        runs = {"as run": runtime.run("main", feeds)}
+        if job.precision == "fp16":
+            runs["every tensor rounded"] = _rounded(runtime, feeds, reference)
+        for how, outputs in runs.items():
+            sample: dict[str, Numerics] = {k: compare(v, outputs[k]) for k, v in reference.items() if k in outputs}
+            numerics[f"main-{i:03} {how}"] = {k: n.as_dict() for k, n in sample.items()}
+            failed = [
+                f"{k} of golden sample {i} ({how}): relative L2 {n.relative_l2:.3g}, {n.nonfinite} values not finite"
+                for k, n in sample.items()
+                if not n.holds(tolerance)
+            ]
+            if failed:
+                _fail(context, runtime, feeds, failed, tolerance)
+    task = _task(context, runtime)
+    if task and abs(task["artifact_correct"] - task["reference_correct"]) > SAMPLES_OFF:
+        raise CheckFailed(
+            "the artifact's accuracy differs from the model's",
+            value=f"{task['artifact_correct']} of {task['samples']} right",
+            why=f"the reference gets {task['reference_correct']} right; allowed is {SAMPLES_OFF} sample more or fewer",
+            fix="try --precision fp32" if job.precision != "fp32" else "look at the numerics of single samples",
+        )
+    return {"tolerance": tolerance, "numerics": numerics, "task": task}

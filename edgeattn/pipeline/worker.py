@@ -1,0 +1,114 @@
+"""The worker: a process of its own that runs stages, so that a crash or a full memory there is an error message here.
+
+It reads one request a line from standard input and answers on a pipe of its own; what converters print goes to a log.
+It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from edgeattn.core.errors import EdgeAttnError
+from edgeattn.pipeline.context import Context, Result
+from edgeattn.pipeline.job import Job
+
+
+def _reset_peak() -> None:
+    """Start the peak of resident memory anew, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
+def _peak_mb() -> float:
+    """Peak of resident memory in MB since ``_reset_peak``, or since the start where that is not possible."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _requests() -> queue.Queue[dict[str, Any]]:
+    """Requests as they come; when the parent is gone its end of the pipe closes, and this process ends at once."""
+    waiting: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            waiting.put(json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return waiting
+
+
+def _error(error: BaseException) -> dict[str, Any]:
+    """An error as plain data: our own with all its parts, others with their type."""
+    log = traceback.format_exc()
+    print(log, file=sys.stderr, flush=True)
+    if isinstance(error, EdgeAttnError):
+        parts = {k: getattr(error, k) for k in ("what", "value", "where", "why", "fix", "details")}
+        parts["value"] = None if parts["value"] is None else str(parts["value"])
+        return {"event": "error", "kind": type(error).__name__, "parts": parts, "traceback": log}
+    return {"event": "error", "kind": None, "why": f"{type(error).__name__}: {error}"[:2000], "traceback": log}
+
+
+def main(answers: int) -> None:
+    """Serve requests until standard input closes.
+
+    Args:
+        answers: file descriptor that answers are written to, one JSON object a line.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    waiting = _requests()
+    out = os.fdopen(answers, "w", encoding="utf-8")
+    lock = threading.Lock()
+
+    def answer(data: dict[str, Any]) -> None:
+        with lock:
+            out.write(json.dumps(data) + "\n")
+            out.flush()
+
+    importlib.import_module("torch")  # while the parent still plans
+    values: dict[str, Any] = {}
+    while True:
+        request = waiting.get()
+        context = Context(
+            Job.from_dict(request["job"]),
+            Path(request["out"]),
+            {name: Result(Path(r["folder"]), r["facts"]) for name, r in request["results"].items()},
+            values,
+            lambda text: answer({"event": "progress", "text": text}),
+        )
+        _reset_peak()
+        start = time.perf_counter()
+        try:
+            facts = importlib.import_module(f"edgeattn.pipeline.stages.{request['stage']}").run(context)
+        except MemoryError as error:
+            answer({**_error(error), "why": "out of memory"})
+        except (Exception, SystemExit) as error:
+            answer(_error(error))
+        else:
+            answer(
+                {
+                    "event": "done",
+                    "facts": facts,
+                    "seconds": time.perf_counter() - start,
+                    "peak_mb": round(_peak_mb(), 1),
+                }
+            )
