@@ -1,0 +1,154 @@
+"""What a rule works with: the model under work (Site), and what it proposes (Block)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeattn.reparam.proof import NotFused
+from edgeattn.reparam.trace import Inputs, Record, trace
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Spatial side that is kept of a recorded activation: enough to reach past common kernels, cheap in float64.
+CROP = 16
+#: Largest activation (elements) that is kept whole for a block which may not run on a crop.
+WHOLE = 1 << 20
+
+
+class Refused(Exception):
+    """Why a place cannot be fused, in words for the report."""
+
+
+@dataclass(eq=False)
+class Block:
+    """A proposed fusion. Nothing of the model changes until its proof holds.
+
+    Attributes:
+        path: where, in the training form.
+        rule: name of the rule.
+        modules: paths of all modules that take part.
+        entry: the module whose call begins the block; its arguments are the recorded activations.
+        before: the training form, runnable on the arguments of ``entry``.
+        fuse: makes the deploy form out of a copy of ``before``, which it may change or consume; ``Refused`` if not.
+        pairs: given the deploy form, the (old, new) modules to exchange in the model.
+        crop: axis of channels if a crop of the input along the others is as good as the whole, else None.
+    """
+
+    path: str
+    rule: str
+    modules: tuple[str, ...]
+    entry: nn.Module
+    before: nn.Module
+    fuse: Callable[[nn.Module], nn.Module]
+    pairs: Callable[[nn.Module], list[tuple[nn.Module, nn.Module]]]
+    crop: Callable[[Tensor], int | None] = lambda x: None
+
+    def samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Arguments]:
+        """Recorded arguments in the forms in which the block is tried: a crop first, the whole if that cannot run."""
+        tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+        axis = self.crop(tensors[0]) if len(tensors) == 1 else None
+        forms: list[Callable[[Tensor], Tensor]] = [] if axis is None else [lambda x: crop(x, axis)]
+        if not forms or tensors[0].numel() <= WHOLE:
+            forms.append(lambda x: x)
+        found = [_copied(form, (args, kwargs)) for form in forms]
+        if len(found) == 2 and axis is not None and crop(tensors[0], axis).shape == tensors[0].shape:
+            del found[1]
+        return found
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of fusion: ``propose`` yields what could be fused at a site, and what could not with the reason."""
+
+    name: str
+    propose: Callable[[Site], Iterable[Block | NotFused]]
+
+
+@dataclass(eq=False)
+class Site:
+    """The model under work, its inputs, and the dataflow of its current state (recorded only when a rule asks).
+
+    Attributes:
+        rejected: (rule, path) of blocks that were tried and rolled back.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    seed: int
+    rejected: set[tuple[str, str]] = field(default_factory=set)
+
+    @cached_property
+    def record(self) -> Record:
+        """One recorded forward of the current model."""
+        return trace(self.model, self.inputs, self.seed)
+
+    @cached_property
+    def paths(self) -> Mapping[nn.Module, str]:
+        """The first path of every module; the model itself is ``(model)``."""
+        return {module: path or "(model)" for path, module in self.model.named_modules()}
+
+    @cached_property
+    def owners(self) -> Mapping[int, list[str]]:
+        """Paths of the parameters by the memory they live in: more than one path means shared weights."""
+        found: dict[int, list[str]] = {}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            found.setdefault(parameter.untyped_storage().data_ptr(), []).append(path)
+        return found
+
+    def exchange(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        """Put new modules in the place of old ones, wherever these are registered."""
+        new = dict(pairs)
+        for parent in list(self.model.modules()):
+            for name, child in parent._modules.items():
+                if child in new:
+                    parent._modules[name] = new[child]
+        self.model = new.get(self.model, self.model)
+        for name in ("record", "paths", "owners"):
+            self.__dict__.pop(name, None)
+
+    def once(self, module: nn.Module) -> None:
+        """Refuse unless the module has its own plain parameters and was called exactly once."""
+        path, calls = self.paths[module], len(self.record.calls_of(module))
+        if calls != 1:
+            raise Refused(f"{path} was called {calls} times in the recorded forward")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Refused(f"{path} has forward hooks (an old-style weight norm is one)")
+        call = self.record.calls_of(module)[0]
+        for name in ("weight", "bias"):
+            parameter = getattr(module, name, None)
+            if parameter is None:
+                continue
+            if name not in module._parameters:
+                raise Refused(f"the {name} of {path} is computed (a parametrization), not a plain parameter")
+            owners = self.owners[parameter.untyped_storage().data_ptr()]
+            if len(owners) > 1:
+                raise Refused(f"the {name} of {path} is shared: {', '.join(owners)}")
+            value = self.record.constant(parameter)
+            readers = [] if value is None else self.record.readers(value)
+            if any(op.call is None or not op.call.within(call) for op in readers):
+                raise Refused(f"the {name} of {path} is also read outside its forward")
+
+
+def _copied(form: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
+    copied: Arguments = map_tensors(lambda x: form(x).detach().clone(), arguments)
+    return copied
+
+
+def crop(x: Tensor, axis: int) -> Tensor:
+    """The middle of ``x``: one batch element where there are other axes to crop, at most ``CROP`` along those."""
+    for dim, size in enumerate(x.shape):
+        keep = 1 if dim == 0 and x.ndim > 2 and axis != 0 else CROP
+        if dim != axis and size > keep:
+            x = x.narrow(dim, (size - keep) // 2, keep)
+    return x
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to every tensor in nested arguments."""
+    return torch.utils._pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
