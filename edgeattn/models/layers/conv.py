@@ -32,6 +32,8 @@ class MultiBranchConv2d(nn.Module):
         branches: (kernel, groups) of each convolution branch; kernels odd, groups dividing both channel counts.
         stride: common stride of the branches.
         identity: add BN(x); needs cin == cout and stride 1.
+        gain: standard deviation of a fresh output; the weights of the n batch norms start at ``gain / sqrt(n)``, so
+            that their sum does not grow with the number of branches.
 
     Raises:
         ValueError: an identity that the shapes do not allow, an even kernel, or no branch.
@@ -44,6 +46,7 @@ class MultiBranchConv2d(nn.Module):
         branches: Sequence[tuple[int, int]],
         stride: int = 1,
         identity: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         if not branches:
@@ -55,21 +58,37 @@ class MultiBranchConv2d(nn.Module):
         self.cin, self.cout, self.stride = cin, cout, stride
         self.branches = nn.ModuleList(ConvBN(cin, cout, kernel, stride, groups) for kernel, groups in branches)
         self.identity = nn.BatchNorm2d(cin) if identity else None
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            nn.init.constant_(norm.weight, gain / math.sqrt(len(norms)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, Ci, H, W) -> (B, Co, ceil(H / stride), ceil(W / stride))."""
         outputs = [branch(x) for branch in self.branches]
         if self.identity is not None:
             outputs.append(self.identity(x))
-        return sum(outputs[1:], outputs[0])
+        total: Tensor = sum(outputs[1:], outputs[0])
+        return total
 
 
-def gmlp(cin: int, cout: int, groups: Sequence[int] = (1, 2, 4, 8), identity: bool | None = None) -> MultiBranchConv2d:
+RESIDUAL_GAIN = 0.25
+"""Gain of a convolution that ends a residual branch. With 1, a fresh FMViT-L amplifies a small change of its input, and
+the rounding of a half-precision format with it, about a hundredfold; with this, hardly at all."""
+
+
+def gmlp(
+    cin: int,
+    cout: int,
+    groups: Sequence[int] = (1, 2, 4, 8),
+    identity: bool | None = None,
+    gain: float = 1.0,
+) -> MultiBranchConv2d:
     """FMViT's convolutional multi-group reparameterization: parallel grouped 1x1 convolutions, one dense 1x1 at deploy.
 
     Args:
         groups: tried group counts; those that do not divide gcd(cin, cout) are left out.
         identity: BN(x) branch; by default wherever cin == cout.
+        gain: standard deviation of a fresh output.
 
     The kernel size and the group set are a reconstruction (the paper's body was not available).
     """
@@ -79,4 +98,5 @@ def gmlp(cin: int, cout: int, groups: Sequence[int] = (1, 2, 4, 8), identity: bo
         cout,
         [(1, g) for g in groups if common % g == 0],
         identity=cin == cout if identity is None else identity,
+        gain=gain,
     )
