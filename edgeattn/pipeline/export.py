@@ -46,8 +46,12 @@ def make_job(
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
+    check_tools: bool = True,
 ) -> Job:
     """Resolve names to a job; everything that can be wrong without running anything is said here.
+
+    Args:
+        check_tools: refuse a target whose toolchain is missing; a plan may be looked at without it.
 
     Raises:
         UsageError: unknown recipe, target, device or precision, unreadable files. ToolchainMissing: names the line
@@ -66,7 +70,7 @@ def make_job(
     chosen = targets.get(target)
     check_choice(chosen, precision, devices.resolve(device) if device else None, tuple(TOLERANCES))
     availability = chosen.availability()
-    if not availability.found:
+    if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
     return Job(resolved, target, precision, device)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from edgeattn.pipeline.cache import Cache, Record
@@ -97,8 +96,3 @@ def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -
 def _missing(plan: list[Planned], upto: str) -> bool:
     names = [p.stage.name for p in plan]
     return any(p.record is None for p in plan[: names.index(upto) + 1])
-
-
-def log_folder(cache: Cache) -> Path:
-    """Where workers write what converters print."""
-    return cache.root / "logs"

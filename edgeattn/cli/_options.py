@@ -1,0 +1,60 @@
+"""Options that several commands share, spelt once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_JOB: tuple[Callable[..., Any], ...] = (
+    click.argument("model"),
+    click.option("--target", "-t", default="onnx", show_default=True, help="Where it will run; see edgeattn targets."),
+    click.option("--precision", "-p", default="fp32", show_default=True, help="fp32 or fp16; see edgeattn targets."),
+    click.option("--device", "-d", help="The device it is for; see edgeattn devices."),
+)
+
+_MODEL: tuple[Callable[..., Any], ...] = (
+    click.option(
+        "--input",
+        "-i",
+        "inputs",
+        multiple=True,
+        metavar="NAME=SHAPE[:DTYPE[:LOW..HIGH]]",
+        help="An input, as x=1x3x224x224 or ids=1x16:int64:0..31999; once for each.",
+    ),
+    click.option("--checkpoint", "-c", type=click.Path(), help=".safetensors, or .pth read without executing it."),
+    click.option("--arg", "-a", "args", multiple=True, metavar="NAME=VALUE", help="An argument of the factory."),
+)
+
+
+def _apply(options: tuple[Callable[..., Any], ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--input, --checkpoint, --arg."""
+    return _apply(_MODEL, function)
+
+
+def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """MODEL, --target, --precision, --device and the model's options."""
+    return _apply(_JOB, model_options(function))
+
+
+def parse_args(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``NAME=VALUE`` texts; values are numbers, true or false where they read as such, else text."""
+    import json
+
+    parsed: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--arg")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed

@@ -1,0 +1,100 @@
+"""How things look in a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from edgeattn.core.errors import EdgeAttnError
+
+#: Enough for a table in a log file, where the width cannot be asked for.
+_PLAIN_WIDTH = 110
+
+
+def console(err: bool = False) -> Console:
+    """A console on standard output, or on standard error for progress and errors."""
+    stream = sys.stderr if err else sys.stdout
+    return Console(stderr=err, highlight=False, width=None if stream.isatty() else _PLAIN_WIDTH)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An open table with bold headings; the columns named in ``right`` are aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    made.show_header = any(columns)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def show_error(error: EdgeAttnError, debug: bool) -> None:
+    """What failed, value, where, why, what to do; the traceback too with ``--debug``."""
+    out = console(err=True)
+    out.print(Text.assemble(("error: ", "bold red"), error.what), soft_wrap=True)
+    for label, text in error.parts():
+        out.print(Text.assemble((f"  {label:<6} ", "bold"), text), soft_wrap=True)
+    for line in error.details[:40]:
+        out.print(f"         {escape(line)}", soft_wrap=True)
+    if len(error.details) > 40:
+        out.print(f"         and {len(error.details) - 40} more", soft_wrap=True)
+    if debug:
+        out.print(escape(error.traceback_text or "".join(traceback.format_exception(error))), soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes in MB of 1e6, or kB below one."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+class Live:
+    """A ``Progress``: a spinner with the running stage and its time, then a line for each finished one."""
+
+    def __init__(self) -> None:
+        self._console = console(err=True)
+        self._status: Status | None = None
+        self._stage, self._since = "", 0.0
+
+    def start(self, stage: str) -> None:
+        """Show that a stage runs."""
+        self._stage, self._since = stage, time.perf_counter()
+        if self._console.is_terminal:
+            self._status = self._console.status(f"[bold]{stage}[/bold]")
+            self._status.start()
+
+    def say(self, text: str) -> None:
+        """Show what the stage is doing."""
+        if self._status:
+            waited = time.perf_counter() - self._since
+            self._status.update(f"[bold]{self._stage}[/bold] {escape(text)} [dim]{waited:.0f} s[/dim]")
+
+    def done(self, stage: str, seconds: float, peak_mb: float, cached: bool) -> None:
+        """Leave a line for the stage."""
+        self.stop()
+        mark = "[dim]cached[/dim]" if cached else f"{seconds:6.2f} s  {peak_mb:5.0f} MB peak"
+        self._console.print(f"  {stage:<15} {mark}")
+
+    def stop(self) -> None:
+        """Take the spinner off."""
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+
+def numerics_rows(numerics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows (sample, output, relative L2, max abs, SQNR, cosine, not finite) of a manifest's numerics."""
+    rows: list[tuple[str, ...]] = []
+    for sample, outputs in numerics.items():
+        if not isinstance(outputs, dict):
+            continue
+        for name, n in outputs.items():
+            sqnr = "equal" if n["sqnr_db"] is None else f"{n['sqnr_db']:.1f} dB"
+            values = (f"{n['relative_l2']:.2e}", f"{n['max_abs']:.2e}", sqnr, f"{n['cosine']:.8f}", str(n["nonfinite"]))
+            rows.append((sample, name, *values))
+    return rows

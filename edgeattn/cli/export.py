@@ -1,0 +1,96 @@
+"""``edgeattn export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeattn.cli._options import job_options, parse_args
+
+if TYPE_CHECKING:
+    from edgeattn.pipeline.export import Exported
+
+
+@click.command("export", short_help="Export a model and prove that its numbers hold.")
+@job_options
+@click.option("--output", "-o", default=".", type=click.Path(), help="Folder that the bundle is made in.")
+@click.option("--force", "-f", is_flag=True, help="Replace what stands at the bundle's place.")
+def command(args: tuple[str, ...], output: str, force: bool, **job: Any) -> None:
+    """Export MODEL and prove that its numbers hold.
+
+    MODEL is a recipe's name or file, package.module:factory, file.py:factory, or timm:NAME. The result is a bundle,
+    the folder NAME.TARGET.PRECISION; without a checkpoint the weights are random and its name says so.
+
+    \b
+      edgeattn export fmvit-digits --target onnx
+      edgeattn export fmvit-s --target onnx --precision fp16
+      edgeattn export mypackage.net:build --input x=1x3x224x224 --checkpoint net.safetensors
+    """
+    from edgeattn.cli._show import Live
+    from edgeattn.pipeline.export import export_job, make_job
+
+    live = Live()
+    try:
+        exported = export_job(make_job(**job, args=parse_args(args)), Path(output), force=force, progress=live)
+    finally:
+        live.stop()
+    _report(exported)
+
+
+def _report(exported: Exported) -> None:
+    from rich.markup import escape
+
+    from edgeattn.cli._show import console, numerics_rows, size, table
+
+    bundle, run = exported.bundle, exported.run
+    manifest, out = bundle.manifest, console()
+    proof = run.records["reparameterize"].facts
+    rows = numerics_rows(manifest.numerics)
+    worst = max(rows, key=lambda row: float(row[2]))
+    path = escape(str(bundle.path))
+    out.print()
+    state = "unchanged, it was there already" if exported.unchanged else f"{run.seconds:.1f} s"
+    out.print(f"[bold green]held[/bold green]  {path}  ({state})")
+    out.print()
+    facts = table("", "")
+    weights = "[bold yellow]random: nothing was trained, its outputs mean nothing[/bold yellow]"
+    if manifest.weights.kind == "checkpoint":
+        weights = f"checkpoint, SHA-256 {str(manifest.weights.sha256)[:16]}…"
+    facts.add_row("weights", weights)
+    facts.add_row("reparameterized", escape(proof["summary"]))
+    facts.add_row(
+        "numbers",
+        f"worst relative L2 {worst[2]} on {escape(worst[1])} ({worst[4]}), allowed {manifest.tolerance:g}; "
+        f"against the training form in float32, {len(rows)} comparisons",
+    )
+    if manifest.task:
+        task = manifest.task
+        facts.add_row(
+            "accuracy",
+            f"{task['artifact_accuracy']:.2%} ({task['artifact_correct']} of {task['samples']} held-out samples), "
+            f"PyTorch {task['reference_accuracy']:.2%} ({task['reference_correct']}); "
+            f"top-1 agreement {task['top1_agreement']:.2%}",
+        )
+    for name, entry in manifest.facts.get("entries", {}).items():
+        kept = entry.get("kept_in_fp32")
+        if kept is not None:
+            where = sorted({k["module"] or "(model)" for k in kept})
+            text = (
+                f"{len(kept)} operations, in {', '.join(where[:4])}{' …' if len(where) > 4 else ''}" if kept else "none"
+            )
+            facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
+    files = ", ".join(
+        f"{escape(n)} {size(i.size)}" for n, i in manifest.files.items() if n.endswith((".onnx", ".data"))
+    )
+    facts.add_row("size", files or size(sum(i.size for i in manifest.files.values())))
+    took = ", ".join(f"{s.name} {s.seconds:.1f} s" for s in manifest.stages)
+    facts.add_row("stages", f"{took}; peak {max(s.peak_mb for s in manifest.stages):.0f} MB")
+    out.print(facts)
+    out.print()
+    out.print("next:")
+    out.print(f"  edgeattn verify {path}", soft_wrap=True)
+    out.print(f"  edgeattn inspect {path}", soft_wrap=True)
+    if manifest.requirement:
+        out.print(f"  python {path}/run.py    (on the device: needs numpy and {manifest.requirement})", soft_wrap=True)

@@ -1,0 +1,77 @@
+"""``edgeattn plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeattn.cli._options import job_options, parse_args
+
+
+@click.command("plan", short_help="Show what an export would do, and what is cached or missing.")
+@job_options
+@click.option("--output", "-o", default=".", type=click.Path(), help="Folder that the bundle would be made in.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
+    """Show the stages of an export of MODEL: what is cached, what would run, which toolchain is missing.
+
+    Reads files and package versions only; nothing heavy is imported and nothing is written.
+    """
+    import json
+
+    from edgeattn import targets
+    from edgeattn.cli._show import console, table
+    from edgeattn.core.errors import ToolchainMissing
+    from edgeattn.pipeline.cache import Cache
+    from edgeattn.pipeline.export import make_job
+    from edgeattn.pipeline.plan import make_plan
+
+    missing: ToolchainMissing | None = None
+    try:
+        job = make_job(**given, args=parse_args(args))
+    except ToolchainMissing as error:
+        missing = error
+        job = make_job(**given, args=parse_args(args), check_tools=False)
+    planned = make_plan(job, Cache.default())
+    final = Path(output) / job.title
+    ran = {p.stage.name: p.record for p in planned if p.record}
+    files = ["manifest.json", "README.md", "golden/*.npz"]
+    files += (
+        [e["file"] for e in ran["lower"].facts["entries"].values()]
+        if "lower" in ran
+        else [f"the {job.target} artifact"]
+    )
+    files += ["run.py"] if targets.get(job.target).package() else []
+    if as_json:
+        stages = [
+            {
+                "name": p.stage.name,
+                "needs": p.stage.needs,
+                "key": p.key,
+                "cached": p.record is not None,
+                "seconds": p.record.seconds if p.record else None,
+            }
+            for p in planned
+        ]
+        result = {"bundle": str(final), "exists": final.exists(), "random_weights": job.resolved.random_weights}
+        lacking = {"why": missing.why, "fix": missing.fix} if missing else None
+        click.echo(json.dumps({**result, "missing": lacking, "stages": stages, "files": files}, indent=1))
+    else:
+        out = console()
+        rows = table("stage", "state", "needs", "key", "took last time", right=("took last time",))
+        for p in planned:
+            state = "[green]cached[/green]" if p.record else ("written anew" if p.stage.name == "bundle" else "to run")
+            took = f"{p.record.seconds:.2f} s" if p.record else ""
+            rows.add_row(p.stage.name, state, ", ".join(p.stage.needs) or "recipe", p.key[:16], took)
+        out.print(rows)
+        out.print()
+        out.print(
+            f"bundle   {final}{'  (something stands there)' if final.exists() else ''}", soft_wrap=True, markup=False
+        )
+        out.print(f"files    {', '.join(files)}", soft_wrap=True, markup=False)
+        weights = "random, no checkpoint" if job.resolved.random_weights else str(job.resolved.checkpoint)
+        out.print(f"weights  {weights}", soft_wrap=True, markup=False)
+    if missing is not None:
+        raise missing
