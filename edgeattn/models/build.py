@@ -83,13 +83,17 @@ def _module(source: str) -> ModuleType:
     return importlib.import_module(source)
 
 
+#: Code on the way to a guest's error that is not the guest's: ours and the standard library's.
+_NOT_THEIRS = (Path(__file__).resolve().parents[1], Path(importlib.__file__).parent)
+
+
 def _guest_error(what: str, factory: str, error: BaseException) -> UsageError:
     """The user's own code failed: say where in it."""
     frame = error.__traceback__
     place = None
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if "edgeattn" not in Path(file).parts and not file.startswith("<frozen"):
+        if not file.startswith("<frozen") and not any(Path(file).is_relative_to(folder) for folder in _NOT_THEIRS):
             place = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return UsageError(what, value=factory, where=place, why=f"{type(error).__name__}: {error}")
@@ -117,6 +121,14 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
         target = getattr(module, attribute, None)
     except EdgeAttnError:
         raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "a module cannot be found",
+            value=error.name,
+            where=recipe.model.factory,
+            why="it is neither installed nor in this folder",
+            fix="install it, run from the folder that holds it, or give a path: path/to/file.py:factory",
+        ) from error
     except Exception as error:
         raise _guest_error("the model's module cannot be imported", recipe.model.factory, error) from error
     if target is None:
