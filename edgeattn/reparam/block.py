@@ -104,6 +104,9 @@ class Site:
     def exchange(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         """Put new modules in the place of old ones, wherever these are registered."""
         new = dict(pairs)
+        for module in new.values():
+            for part in module.modules():
+                part.training = False
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
                 if child in new:

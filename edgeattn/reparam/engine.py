@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, softmax_scale
@@ -72,6 +73,8 @@ def reparameterize(
     say = progress or (lambda _: None)
 
     site = Site(duplicate(model), arguments, seed)
+    for module in site.model.modules():
+        module.training = False
     reference = run(site.model, arguments, seed)
     generator = torch.Generator().manual_seed(seed)
     fused: list[BlockProof] = []
@@ -170,7 +173,13 @@ def _distance64(model: nn.Module, site: Site, rules: Sequence[Rule]) -> float | 
 
 
 def _refuse_training(model: nn.Module) -> None:
-    training = [path or "(model)" for path, module in model.named_modules() if module.training]
+    # A convolution or a container computes the same in both modes; guests' own methods leave new ones in training mode.
+    inert = (_ConvNd, nn.Linear, nn.Identity)
+    training = [
+        path or "(model)"
+        for path, module in model.named_modules()
+        if module.training and not isinstance(module, inert) and type(module) not in (nn.Sequential, nn.ModuleList)
+    ]
     if training:
         raise UsageError(
             "reparameterization needs a model in eval mode",

@@ -80,7 +80,8 @@ def enclosing(op: Op, kind: Callable[[nn.Module], bool]) -> Call | None:
 
 def describe(op: Op) -> str:
     """The operation and the module it is in, for a reason."""
-    return f"{op.name} in {op.call.path if op.call else '(model)'}"
+    where = op.call.path if op.call is not None else ""
+    return f"{op.name} in {where or '(model)'}"
 
 
 def consumers(record: Record, value: Value) -> list[Op]:

@@ -136,15 +136,14 @@ class Proof:
         if not self.fused:
             return f"Nothing was fused: the deploy form is the training form.{left}"
         worst64 = max(max(b.errors.float64_real, b.errors.float64_random) for b in self.fused)
-        risk = (
-            f" PTQ risk in {len(self.ptq_risks)}: the weight range grew more than {PTQ_GROWTH:g}x."
-            if self.ptq_risks
-            else ""
-        )
+        exact = "" if self.float64 is None else f", {self.float64:.1e} in float64 (the model amplifies rounding)"
+        risks = len(self.ptq_risks)
+        risk = f" PTQ risk in {risks}: the weight range grew more than {PTQ_GROWTH:g}x." if risks else ""
         return (
             f"{_count(len(self.fused), 'block')} fused; {self.before.parameters:,} -> {self.after.parameters:,} "
             f"parameters, {self.before.batch_norms} -> {self.after.batch_norms} batch norms; largest relative L2 of a "
-            f"block {worst64:.1e} in float64, of the whole model {self.float32:.1e} in float32.{risk}{left}"
+            f"block {worst64:.1e} in float64, of the whole model {self.float32:.1e} in float32{exact}."
+            f"{risk}{left}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -272,8 +272,10 @@ def duplicate(model: nn.Module) -> nn.Module:
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Give every buffer its old tensor and content back on exit (a forward may count or cache)."""
-    owned = [(module, dict(module._buffers)) for module in model.modules()]
-    contents = {id(b): (b, b.clone()) for _, buffers in owned for b in buffers.values() if b is not None}
+    # The buffers of TorchScript modules are not in a dict that could be put back; their contents are.
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    owned = [(module, dict(module._buffers)) for module in plain]
+    contents = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -281,7 +283,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, content in contents.values():
+            for buffer, content in contents:
                 if buffer.shape != content.shape or not torch.equal(buffer, content):
                     buffer.set_(content)  # type: ignore[call-overload]
 
