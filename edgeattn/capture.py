@@ -124,13 +124,15 @@ def run_eager(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str
     Raises:
         UsageError: the forward fails on these inputs; names the module.
     """
-    path = ModulePath()
     try:
-        with torch.no_grad(), path.follow(model):
+        with torch.no_grad():
             return name_outputs(model(*inputs.values()), outputs)
     except EdgeAttnError:
         raise
     except Exception as error:
+        path = ModulePath()
+        with contextlib.suppress(Exception), torch.no_grad(), path.follow(model):
+            model(*inputs.values())  # once more, to learn where
         shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in inputs.items())
         raise UsageError(
             "the model cannot run on these inputs",

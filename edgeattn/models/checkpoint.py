@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,27 @@ NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model
 
 def _plain(state: Mapping[Any, Any]) -> bool:
     return bool(state) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _wanted(path: Path) -> list[str]:
+    """Python objects that a pickle names, learned from its opcodes without running them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    except (zipfile.BadZipFile, StopIteration, KeyError, OSError):
+        data = path.read_bytes()
+    found, texts = [], ["", ""]
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL":
+                found.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                found.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except ValueError:
+        pass  # the rest of the file is no pickle
+    return sorted({name for name in found if not name.startswith(("torch.", "collections."))})
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -44,12 +66,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
             ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+    except pickle.UnpicklingError:
         raise UsageError(
             "the checkpoint holds code, which is not executed",
             value=path,
-            why=reason.strip() or "it needs more than tensors and plain containers to be read",
+            why=f"it asks for {', '.join(_wanted(path)) or 'more than tensors and plain containers'}",
             fix="save only the weights: torch.save(model.state_dict(), ...), or better a .safetensors file",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
