@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, softmax_scale
 from edgeattn.reparam.block import Block, Refused, Rule, Site, map_tensors
-from edgeattn.reparam.measure import distance, fold, prove, totals
+from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
 from edgeattn.reparam.proof import MODEL_TOLERANCE, MODEL_TOLERANCE_FLOAT64, BlockProof, NotFused, Proof
 from edgeattn.reparam.trace import Inputs, capture, duplicate, run
 
@@ -72,6 +72,13 @@ def reparameterize(
     chosen = [_rule(rule) for rule in (RULES if rules is None else rules)]
     say = progress or (lambda _: None)
 
+    with full_float32():
+        return _reparameterize(model, arguments, chosen, seed, say)
+
+
+def _reparameterize(
+    model: nn.Module, arguments: Inputs, rules: Sequence[Rule], seed: int, say: Callable[[str], None]
+) -> Reparameterized:
     site = Site(duplicate(model), arguments, seed)
     for module in site.model.modules():
         module.training = False
@@ -79,7 +86,7 @@ def reparameterize(
     generator = torch.Generator().manual_seed(seed)
     fused: list[BlockProof] = []
     kept: dict[tuple[str, str], NotFused] = {}
-    for rule in chosen:
+    for rule in rules:
         say(f"reparameterize: {rule.name}")
         _apply(rule, site, generator, fused, kept)
 
@@ -89,7 +96,7 @@ def reparameterize(
     if not fused:
         return Reparameterized(site.model, proof)
     say("reparameterize: comparing the whole models")
-    return _compare(model, site, chosen, reference, proof)
+    return _compare(model, site, rules, reference, proof)
 
 
 def _apply(

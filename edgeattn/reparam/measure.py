@@ -60,7 +60,7 @@ def prove(block: Block, samples: Sequence[Arguments], generator: torch.Generator
     """
     with torch.no_grad():
         _check_dtype(block.before)
-        training = duplicate(block.before)
+        training = block.before
         training64 = duplicate(training).double()
         deploy64 = fold(block, duplicate(training64))
         deploy = duplicate(deploy64).float()
@@ -152,6 +152,20 @@ def _default_float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 on CUDA: its 10 bits of mantissa would drown what is measured."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, before in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = before
 
 
 def _spread(module: nn.Module) -> tuple[float, float]:

@@ -243,9 +243,14 @@ def trace(model: nn.Module, inputs: Inputs, seed: int = 0) -> Record:
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """One forward without gradients; the random state of the process and the model's buffers are left as they were."""
-    with torch.no_grad(), preserved(model), torch.random.fork_rng(devices=[]):
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.no_grad(), preserved(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+#: What every nn.Module has in its ``__dict__``: no place for a computed tensor.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
 def duplicate(model: nn.Module) -> nn.Module:
@@ -256,7 +261,8 @@ def duplicate(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for tensor in leaf_tensors(vars(module)):
+        own = [value for name, value in vars(module).items() if name not in _BOOKKEEPING]
+        for tensor in leaf_tensors(own) if own else ():
             if not tensor.is_leaf:  # torch refuses to copy these; the copy needs only their content
                 memo[id(tensor)] = tensor.detach().clone()
     try:

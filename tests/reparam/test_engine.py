@@ -237,13 +237,13 @@ def test_json_round_trip_of_what_is_not_finite(fused) -> None:
 
 
 def test_range_growth_is_measured_against_the_training_kernels() -> None:
-    model = nn.Sequential(MultiBranchConv2d(4, 4, [(3, 1)], identity=True)).eval()
+    model = nn.Sequential(MultiBranchConv2d(16, 16, [(3, 1)], identity=True)).eval()
     for bn in (model[0].branches[0].bn, model[0].identity):
         nn.init.ones_(bn.weight)
     nn.init.uniform_(model[0].branches[0].conv.weight, -0.01, 0.01)
     with torch.no_grad():
         model[0].branches[0].conv.weight[0, 0, 0, 0] = 0.01
-    (block,) = reparameterize(model, torch.randn(1, 4, 8, 8)).proof.fused
+    (block,) = reparameterize(model, torch.randn(1, 16, 8, 8)).proof.fused
     assert block.range_growth == pytest.approx(100, rel=0.02)  # the identity puts 1 beside weights of 0.01
     assert block.ptq_risk
     scaled = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
