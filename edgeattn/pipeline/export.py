@@ -103,7 +103,9 @@ def _manifest(job: Job, run: Finished) -> Manifest:
         },
         requirement=target.package(),
         tolerance=verified["tolerance"],
-        tools=tools.versions(("edgeattn", "python", *sorted({*target.lower_tools, *target.runtime_tools}))),
+        tools=tools.versions(
+            ("edgeattn", "python", *sorted({*target.lower_tools(job.precision), *target.runtime_tools}))
+        ),
         host=tools.host(),
         stages=tuple(
             StageInfo(name=name, key=r.key, seconds=round(r.seconds, 3), peak_mb=r.peak_mb)

@@ -117,8 +117,7 @@ class Target(ABC):
     """A place to run: lowers programs, opens artifacts, and knows what a bundle needs."""
 
     name: ClassVar[str]
-    #: Distributions whose versions decide what ``lower`` writes, and what ``open`` computes.
-    lower_tools: ClassVar[tuple[str, ...]]
+    #: Distributions whose versions decide what ``open`` computes.
     runtime_tools: ClassVar[tuple[str, ...]]
 
     @abstractmethod
@@ -128,6 +127,10 @@ class Target(ABC):
     @abstractmethod
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """Precisions that this target can hold on ``device`` (anywhere, when None)."""
+
+    @abstractmethod
+    def lower_tools(self, precision: str) -> tuple[str, ...]:
+        """Distributions whose versions decide what ``lower`` writes."""
 
     @abstractmethod
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:

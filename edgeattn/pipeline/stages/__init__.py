@@ -103,7 +103,7 @@ STAGES = (
         "lower",
         ("capture", "reference"),
         lambda job: ("core", "pipeline/stages/lower.py", *_target_code(job)),
-        lambda job: targets.get(job.target).lower_tools,
+        lambda job: targets.get(job.target).lower_tools(job.precision),
         _lower_config,
     ),
     Stage(

@@ -20,7 +20,9 @@ def run(context: Context) -> dict[str, Any]:
         "recipe": job.resolved.recipe.name,
         "recipe_sha256": job.resolved.sha256,
         "weights": "random" if job.resolved.random_weights else f"sha256:{job.resolved.checkpoint_sha256}",
-        **{f"tool.{name}": version or "" for name, version in tools.versions(target.lower_tools).items()},
+        **{
+            f"tool.{name}": version or "" for name, version in tools.versions(target.lower_tools(job.precision)).items()
+        },
     }
     samples = [feeds for feeds, _ in context.golden()]
     artifact = target.lower(context.value("capture"), LowerPlan(job.precision, samples, metadata), context.out)

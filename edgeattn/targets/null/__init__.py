@@ -29,7 +29,6 @@ class NullTarget(Target):
     """float32 only; runs in PyTorch."""
 
     name: ClassVar[str] = "null"
-    lower_tools: ClassVar[tuple[str, ...]] = ("torch",)
     runtime_tools: ClassVar[tuple[str, ...]] = ("torch",)
 
     def availability(self) -> Availability:
@@ -42,6 +41,10 @@ class NullTarget(Target):
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """What capture gives."""
         return ("fp32",)
+
+    def lower_tools(self, precision: str) -> tuple[str, ...]:
+        """torch alone."""
+        return ("torch",)
 
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
         """Save the program's entries as .pt2 files."""

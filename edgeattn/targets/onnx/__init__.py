@@ -19,7 +19,6 @@ class OnnxTarget(Target):
     """Lowers with ``torch.onnx`` (opset 20), runs with ONNX Runtime's CPU provider."""
 
     name: ClassVar[str] = "onnx"
-    lower_tools: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
     runtime_tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
 
     def availability(self) -> Availability:
@@ -33,6 +32,11 @@ class OnnxTarget(Target):
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """fp32, and fp16 storage with whatever would overflow kept in fp32."""
         return ("fp32", "fp16")
+
+    def lower_tools(self, precision: str) -> tuple[str, ...]:
+        """The exporter's packages; for float16 the runtime too, which measures what must stay in float32."""
+        exporter = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+        return exporter if precision == "fp32" else (*exporter, "onnxruntime")
 
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
         """See ``Target.lower``; one .onnx file for each entry, weights beside it from 1.5 GB on."""
