@@ -157,7 +157,7 @@ def _default_float64() -> Iterator[None]:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """No TF32 on CUDA: its 10 bits of mantissa would drown what is measured."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     allowed = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
