@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("error:") + done.stderr.count("Error:") == 1
+    assert sum(line.lower().startswith("error:") for line in done.stderr.splitlines()) == 1
     for word in words:
         assert word in done.stderr, done.stderr
 
@@ -120,7 +120,7 @@ def test_refused(folder: Path, edgeattn_cli: Cli, arguments: list[str], code: in
         ('name = "fmvit-digits"', 'name = "../up"', ["name", "'../up'"]),
         ("[model]", "[model", ["not TOML"]),
         ("checkpoints/", "nowhere/", ["a file is missing", "model.checkpoint"]),
-        ('factory = "edgeattn', 'factory = "', ["module cannot be found"]),
+        ('factory = "edgeattn', 'factory = "nowhere', ["module cannot be found"]),
     ],
 )
 def test_bad_recipe(folder: Path, edgeattn_cli: Cli, old: str, new: str, words: list[str]) -> None:
