@@ -55,16 +55,16 @@ def _show(out: Console, proof: dict[str, Any], summary: str) -> None:
     from edgeattn.cli._show import table
 
     if proof["fused"]:
-        numbers = ("fp64 real", "fp64 random", "fp32 real", "fp32 random", "parameters", "weight range")
+        numbers = ("fp64 real", "fp64 random", "fp32 real", "fp32 random", "parameters", "weight range", "crest")
         rows = table("block", "rule", *numbers, "PTQ", right=numbers)
         for block in proof["fused"]:
             errors = [
                 _figure(block["errors"][f"float{bits}_{kind}"]) for bits in (64, 32) for kind in ("real", "random")
             ]
             count = f"{block['parameters_before']:,} -> {block['parameters_after']:,}"
-            growth = "" if block["range_growth"] is None else f"x{block['range_growth']:.2f}"
+            growth = ["" if block[g] is None else f"x{block[g]:.2f}" for g in ("range_growth", "crest_growth")]
             risk = "[yellow]risk[/yellow]" if block["ptq_risk"] else ""
-            rows.add_row(escape(block["path"] or "(model)"), block["rule"], *errors, count, growth, risk)
+            rows.add_row(escape(block["path"] or "(model)"), block["rule"], *errors, count, *growth, risk)
         out.print(rows)
         out.print()
     if proof["not_fused"]:

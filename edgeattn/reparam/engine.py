@@ -180,13 +180,14 @@ def _distance64(model: nn.Module, site: Site, rules: Sequence[Rule]) -> float | 
 
 
 def _refuse_training(model: nn.Module) -> None:
-    # A convolution or a container computes the same in both modes; guests' own methods leave new ones in training mode.
+    # Inside of a model a convolution or a container in training mode is passed over: it computes the same in both
+    # modes, and guests' own methods leave new ones like that.
     inert = (_ConvNd, nn.Linear, nn.Identity)
     training = [
         path or "(model)"
         for path, module in model.named_modules()
         if module.training and not isinstance(module, inert) and type(module) not in (nn.Sequential, nn.ModuleList)
-    ]
+    ] or ["(model)"] * model.training
     if training:
         raise UsageError(
             "reparameterization needs a model in eval mode",

@@ -14,7 +14,7 @@ FLOAT32_TOLERANCE = 1e-5
 MODEL_TOLERANCE = 1e-4
 #: The same in float64, measured where float32 leaves a doubt (a model may amplify rounding by many orders).
 MODEL_TOLERANCE_FLOAT64 = 1e-8
-#: Crest growth above which post-training quantization of a fused kernel deserves a look.
+#: Growth of the weight range above which post-training quantization of a fused kernel deserves a look.
 PTQ_GROWTH = 4.0
 
 
@@ -73,8 +73,12 @@ class BlockProof:
 
     @property
     def ptq_risk(self) -> bool:
-        """True when the range grew more than four times against the typical weight: int8 may lose accuracy here."""
-        return self.crest_growth > PTQ_GROWTH
+        """True when the weight range grew more than four times: int8 may lose accuracy here.
+
+        With ``crest_growth`` near 1 the growth is a rescaling, which a scale for each channel absorbs; a large one
+        means outliers, which no scale does.
+        """
+        return self.range_growth > PTQ_GROWTH
 
 
 @dataclass(frozen=True)

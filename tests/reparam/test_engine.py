@@ -250,5 +250,13 @@ def test_range_growth_is_measured_against_the_training_kernels() -> None:
     nn.init.constant_(scaled[1].weight, 10.0)
     (block,) = reparameterize(scaled, torch.randn(1, 4, 8, 8)).proof.fused
     assert block.range_growth == pytest.approx(10, rel=1e-3)
-    assert block.crest_growth == pytest.approx(1, rel=1e-3)  # a rescaling costs a quantizer nothing
+    assert block.ptq_risk
+    assert block.crest_growth == pytest.approx(1, rel=1e-3)  # which says that it is a rescaling
+    nn.init.constant_(scaled[1].weight, 3.9)
+    (block,) = reparameterize(scaled, torch.randn(1, 4, 8, 8)).proof.fused
     assert not block.ptq_risk
+
+
+def test_a_model_in_training_mode_is_refused_whatever_it_is_made_of() -> None:
+    with pytest.raises(UsageError, match="training"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.randn(1, 3, 8, 8))
