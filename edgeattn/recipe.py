@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.core.hashing import sha256_data, sha256_file
-from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec
+from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec, range_fault
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -63,6 +63,12 @@ class InputSpec(schema.Strict):
         if value not in DTYPES:
             raise ValueError(f"must be one of {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _range(self) -> InputSpec:
+        if fault := range_fault(self.dtype, self.low, self.high):
+            raise ValueError(fault)
+        return self
 
 
 class Preprocess(schema.Strict):
@@ -114,6 +120,15 @@ class Recipe(schema.Strict):
         if not self.inputs and not self.model.factory.startswith("timm:"):
             raise ValueError("needs at least one input, such as [inputs.x] with shape = [1, 3, 224, 224]")
         return self
+
+    @field_validator("outputs")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("every output needs a name of its own")
+        if taken := set(value) & set(info.data.get("inputs", ())):
+            raise ValueError(f"{', '.join(sorted(taken))} is the name of an input already")
+        return value
 
     def specs(self) -> list[TensorSpec]:
         """The inputs in order."""
@@ -212,12 +227,13 @@ def _guest(text: str, inputs: Mapping[str, InputSpec], args: Mapping[str, Any]) 
         )
     stem = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
     name = attribute if source == "timm" else f"{stem}-{attribute}"
-    return Recipe(
-        name=re.sub(r"[^A-Za-z0-9_.-]", "_", name),
-        description=f"{text} (a model from outside)",
-        model=ModelSpec(factory=f"{source}:{attribute}", args=dict(args)),
-        inputs=dict(inputs),
-    )
+    content = {
+        "name": re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-") or "guest",
+        "description": f"{text} (a model from outside)",
+        "model": {"factory": f"{source}:{attribute}", "args": dict(args)},
+        "inputs": {name: spec.model_dump() for name, spec in inputs.items()},
+    }
+    return schema.validate(Recipe, content, "the command line")
 
 
 def resolve(

@@ -39,6 +39,10 @@ def place(name: str) -> str:
 
 def check_files(manifest: dict[str, Any]) -> None:
     """The manifest is as it was sealed; every file is there and has the bytes that were proven."""
+    with open(os.path.join(HERE, "manifest.json"), "rb") as handle:
+        written = handle.read()
+    if written != (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode():
+        raise Problem(1, "manifest.json was changed: it is not as it was written; copy the bundle again")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != manifest["digest"]:
@@ -80,7 +84,7 @@ def relative_l2(reference: Any, value: Any) -> float:
     import numpy as np
 
     reference, value = reference.astype(np.float64), value.astype(np.float64)
-    if reference.shape != value.shape or not np.isfinite(value).all():
+    if reference.shape != value.shape or not np.isfinite(value).all() or not np.isfinite(reference).all():
         return float("inf")
     norm, error = float(np.linalg.norm(reference)), float(np.linalg.norm(value - reference))
     return error / norm if norm else (0.0 if error == 0 else float("inf"))
@@ -122,8 +126,10 @@ def run_inputs(manifest: dict[str, Any], texts: list[str], entry: str) -> dict[s
         name, _, path = text.partition("=")
         try:
             feeds[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise Problem(2, f"--input {text}: {error}") from error
+        if not isinstance(feeds[name], np.ndarray):
+            raise Problem(2, f"--input {text}: holds several arrays; save one with numpy.save")
     wanted = manifest["entries"][entry]["inputs"]
     for spec in wanted:
         given = feeds.get(spec["name"])

@@ -22,7 +22,7 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -42,10 +42,12 @@ def clear_leftovers(folder: Path) -> None:
         if match is None or _alive(int(match["pid"])):
             continue
         final = folder / match["name"]
-        if match["kind"] == "old" and not final.exists():
-            path.rename(final)
-        else:
-            remove(path)
+        # Another process may be clearing the same leftovers, or they may be another user's.
+        with contextlib.suppress(OSError):
+            if match["kind"] == "old" and not final.exists():
+                path.rename(final)
+            else:
+                remove(path)
 
 
 def remove(path: Path) -> None:
@@ -101,7 +103,7 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: take the place of an existing ``final``; without it an existing one wins and the new one is dropped.
 
     Raises:
-        UsageError: the parent cannot be made or written.
+        UsageError: the parent cannot be made or written, or ``final`` is a file.
     """
     temporary = _begin(final)
     try:
@@ -110,16 +112,32 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _sync(temporary)
-        if final.exists() and replace:
-            aside = _sibling(final, "old")
-            final.rename(aside)
-            temporary.rename(final)
-            remove(aside)
+        if os.path.lexists(final) and not final.is_dir():
+            raise UsageError(
+                "the output folder cannot be written", value=final, why="a file of that name is in its place"
+            )
+        if replace:
+            _take_place(temporary, final)
         else:
             move_into(temporary, final)
         _sync(final.parent)
     finally:
         remove(temporary)
+
+
+def _take_place(folder: Path, final: Path) -> None:
+    """Rename ``folder`` to ``final``, whose old content is set aside first, and put back if that fails."""
+    aside = _sibling(final, "old")
+    try:
+        final.rename(aside)
+    except FileNotFoundError:
+        pass  # nothing was there, or another process has just set it aside
+    try:
+        move_into(folder, final)
+    finally:
+        if not final.exists() and aside.exists():
+            aside.rename(final)
+        remove(aside)
 
 
 def move_into(folder: Path, final: Path) -> None:
@@ -160,9 +178,11 @@ def inside(root: Path, name: str) -> Path:
     """``root / name``, for names that come from a file.
 
     Raises:
-        UsageError: the name is absolute or leaves ``root``, also through a link.
+        UsageError: the name is absolute, holds a null byte or leaves ``root``, also through a link.
     """
     path = root / name
+    if "\0" in name:
+        raise UsageError("a file name holds a null byte", value=repr(name), where=str(root))
     if Path(name).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
         raise UsageError("a file name leaves its folder", value=name, where=str(root), why="names must stay inside it")
     return path

@@ -43,10 +43,9 @@ class Numerics:
         return self.nonfinite == 0 and self.nonfinite_reference == 0 and self.relative_l2 <= tolerance
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; an infinite SQNR (equal tensors) becomes None."""
+        """Plain data for JSON; what is infinite (SQNR of equal tensors, error on a zero reference) is None."""
         data = asdict(self)
-        data["sqnr_db"] = None if math.isinf(self.sqnr_db) else self.sqnr_db
-        return data
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
 
 
 def compare(reference: Array, other: Array) -> Numerics:

@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from edgeattn.core.errors import UsageError, closest
 
@@ -21,7 +21,14 @@ else:
 class Strict(BaseModel):
     """Base of all file schemas: unknown keys are errors, values are never changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _array(cls, value: Any, info: ValidationInfo) -> Any:
+        """TOML and JSON have arrays where Python has tuples; nothing else is converted."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        return tuple(value) if isinstance(value, list) and get_origin(wanted) is tuple else value
 
 
 Model = TypeVar("Model", bound=BaseModel)

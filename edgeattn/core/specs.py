@@ -15,8 +15,29 @@ DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "b
 
 _FORM = re.compile(
     r"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>\d+(x\d+)*|scalar)"
-    r"(:(?P<dtype>\w+))?(:(?P<low>-?[\d.e+-]+?)\.\.(?P<high>-?[\d.e+-]+))?"
+    r"(:(?P<dtype>\w+))?(:(?P<low>[^:]+?)\.\.(?P<high>[^:]+))?"
 )
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def range_fault(dtype: str, low: float | None, high: float | None) -> str | None:
+    """Why ``low`` to ``high`` cannot be the range of random values of ``dtype``; None if it can or both are None."""
+    if low is None and high is None:
+        return None
+    if low is None or high is None:
+        return "a range needs both low and high"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "a range must be finite"
+    if low > high:
+        return "low is above high"
+    if dtype.startswith(("int", "uint")):
+        if low != int(low) or high != int(high):
+            return f"the range of {dtype} must be whole numbers"
+        ends = np.iinfo(dtype)
+        if low < ends.min or high > ends.max:
+            return f"{dtype} holds {ends.min}..{ends.max}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ def parse_spec(text: str) -> TensorSpec:
     """Read ``NAME=SHAPE[:DTYPE[:LOW..HIGH]]``, as in ``x=1x3x224x224`` or ``ids=1x16:int64:0..31999``.
 
     Raises:
-        UsageError: any other form, a zero dimension, or an unknown dtype.
+        UsageError: any other form, a zero dimension, an unknown dtype, or a range that the dtype does not hold.
     """
     match = _FORM.fullmatch(text.strip())
     if match is None:
@@ -87,7 +108,15 @@ def parse_spec(text: str) -> TensorSpec:
     shape = () if match["shape"] == "scalar" else tuple(int(n) for n in match["shape"].split("x"))
     if 0 in shape:
         raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")
+    ends = [match[k] for k in ("low", "high") if match[k]]
+    if not all(_NUMBER.fullmatch(end) for end in ends):
+        raise UsageError(
+            "an input's range is not of numbers",
+            value="..".join(ends),
+            where=f"--input {text}",
+            fix="LOW..HIGH, as 0..9",
+        )
     low, high = (float(match[k]) if match[k] else None for k in ("low", "high"))
-    if low is not None and high is not None and low > high:
-        raise UsageError("an input's range is empty", value=f"{low}..{high}", where=f"--input {text}")
+    if fault := range_fault(dtype, low, high):
+        raise UsageError("an input's range cannot be used", value="..".join(ends), where=f"--input {text}", why=fault)
     return TensorSpec(match["name"], shape, dtype, low, high)
