@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,15 @@ class ModulePath:
     def follow(self, model: nn.Module) -> Iterator[ModulePath]:
         """Follow the calls inside ``model``; its hooks are taken off again."""
 
-        # The hooks touch no argument, so nothing of them shows up in an exported graph.
+        # The hooks touch no argument, so nothing of them shows up in an exported graph. The branches of torch.cond are
+        # compiled, where a side effect would be an error; there the module around them is named.
         def enter(path: str) -> None:
-            self._stack.append(path)
+            if not torch.compiler.is_dynamo_compiling():
+                self._stack.append(path)
 
         def leave(*_: Any) -> None:
-            self._stack.pop()
+            if not torch.compiler.is_dynamo_compiling():
+                self._stack.pop()
 
         handles: list[Any] = []
         for path, module in model.named_modules():
@@ -91,10 +94,11 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
 
 
-def name_outputs(result: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+def name_outputs(result: Any, wanted: tuple[str, ...], taken: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors of a forward's result, flattened in order, under the recipe's names.
 
     Without names a single output is ``output``; mappings give their keys, other containers ``output_0`` and so on.
+    A key that is in ``taken``, the names of the inputs, becomes ``output_KEY``.
 
     Raises:
         UsageError: another number of outputs than names, or no tensor at all.
@@ -112,7 +116,7 @@ def name_outputs(result: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     if wanted:
         names = list(wanted)
     elif isinstance(result, Mapping) and len(result) == len(leaves):
-        names = [str(key) for key in result]
+        names = [f"output_{key}" if str(key) in taken else str(key) for key in result]
     else:
         names = ["output"] if len(leaves) == 1 else [f"output_{i}" for i in range(len(leaves))]
     return dict(zip(names, leaves, strict=True))
@@ -126,7 +130,7 @@ def run_eager(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str
     """
     try:
         with torch.no_grad():
-            return name_outputs(model(*inputs.values()), outputs)
+            return name_outputs(model(*inputs.values()), outputs, inputs)
     except EdgeAttnError:
         raise
     except Exception as error:
@@ -176,13 +180,16 @@ def capture(
     return Program({"main": Entry(graph, tuple(inputs), outputs)})
 
 
+#: Whose lines are no news to a user: torch's, and ours apart from the models.
+_NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__), Path(contextlib.__file__))
+
+
 def _user_frames(error: BaseException) -> list[str]:
     """Lines of model code on the way to ``error``: everything that is not torch's or ours."""
     frames, frame = [], error.__traceback__
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        parts = Path(file).parts
-        if "torch" not in parts and file != __file__ and not file.startswith("<"):
+        if not file.startswith("<") and not any(Path(file).is_relative_to(root) for root in _NOT_THE_USERS):
             frames.append(f"{file}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}")
         frame = frame.tb_next
     return frames[-3:]

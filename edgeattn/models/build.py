@@ -83,17 +83,24 @@ def _module(source: str) -> ModuleType:
     return importlib.import_module(source)
 
 
-#: Code on the way to a guest's error that is not the guest's: ours and the standard library's.
-_NOT_THEIRS = (Path(__file__).resolve().parents[1], Path(importlib.__file__).parent)
+def _theirs(file: str) -> bool:
+    """Whether a line of ``file`` tells a user more than the one that called it: not ours, torch's or Python's own."""
+    path = Path(file)
+    ours = (Path(__file__).resolve().parents[1], Path(torch.__file__).parent)
+    library = Path(importlib.__file__).parents[1]
+    python = path.is_relative_to(library) and "site-packages" not in path.relative_to(library).parts
+    return not file.startswith("<") and not python and not any(path.is_relative_to(folder) for folder in ours)
 
 
 def _guest_error(what: str, factory: str, error: BaseException) -> UsageError:
     """The user's own code failed: say where in it."""
     frame = error.__traceback__
     place = None
+    if isinstance(error, SyntaxError) and error.filename:
+        place, frame = f"{error.filename}:{error.lineno}", None
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith("<frozen") and not any(Path(file).is_relative_to(folder) for folder in _NOT_THEIRS):
+        if _theirs(file):
             place = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return UsageError(what, value=factory, where=place, why=f"{type(error).__name__}: {error}")
@@ -112,7 +119,10 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
                 value=attribute,
                 fix=f"did you mean {near!r}?" if near else "timm.list_models()",
             )
-        model = timm.create_model(attribute, pretrained=False, **recipe.model.args)
+        try:
+            model = timm.create_model(attribute, pretrained=False, **recipe.model.args)
+        except Exception as error:
+            raise _guest_error("timm cannot build the model", recipe.model.factory, error) from error
         return model, specs or [TensorSpec("x", (1, *model.default_cfg["input_size"]))]
     if source.endswith(".py"):
         source = str(Path(resolved.folder, source))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
 import pickletools
 import zipfile
@@ -24,25 +26,37 @@ def _plain(state: Mapping[Any, Any]) -> bool:
     return bool(state) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
-def _wanted(path: Path) -> list[str]:
-    """Python objects that a pickle names, learned from its opcodes without running them."""
+def _globals(path: Path) -> set[str]:
+    """Python objects that the pickles of a file name, learned from their opcodes without running them."""
     try:
         with zipfile.ZipFile(path) as archive:
             data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     except (zipfile.BadZipFile, StopIteration, KeyError, OSError):
         data = path.read_bytes()
-    found, texts = [], ["", ""]
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                found.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.append(".".join(texts[-2:]))
-            elif isinstance(argument, str):
-                texts.append(argument)
-    except ValueError:
-        pass  # the rest of the file is no pickle
-    return sorted({name for name in found if not name.startswith(("torch.", "collections."))})
+    stream, found, texts = io.BytesIO(data), set(), ["", ""]
+    with contextlib.suppress(Exception):  # what comes after the last pickle, or after a cut, is none
+        while stream.tell() < len(data):
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.add(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    return found
+
+
+def _code(path: Path, refusal: str) -> list[str]:
+    """What of ``_globals`` made PyTorch refuse the file with ``refusal``."""
+    usual = ("torch.", "collections.")
+    return sorted(name for name in _globals(path) if not name.startswith(usual) or f"GLOBAL {name} " in refusal)
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the ``module.`` that data-parallel training puts before all of them."""
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -56,7 +70,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _bare(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(
                 "the checkpoint is damaged",
@@ -66,14 +80,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
             ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            "the checkpoint holds code, which is not executed",
-            value=path,
-            why=f"it asks for {', '.join(_wanted(path)) or 'more than tensors and plain containers'}",
-            fix="save only the weights: torch.save(model.state_dict(), ...), or better a .safetensors file",
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UsageError("the checkpoint cannot be read", value=path, why=error.strerror or str(error)) from error
+    except Exception as error:  # a damaged pickle makes the reader raise nearly anything
+        wanted = _code(path, str(error)) if isinstance(error, pickle.UnpicklingError) else []
+        if wanted:
+            raise UsageError(
+                "the checkpoint holds code, which is not executed",
+                value=path,
+                why=f"it asks for {', '.join(wanted)}",
+                fix="save only the weights: torch.save(model.state_dict(), ...), or better a .safetensors file",
+            ) from None
         raise UsageError(
             "the checkpoint is damaged",
             value=path,
@@ -94,9 +111,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             why=f"found {holds}",
             fix=f"a mapping of names to tensors, or one under {', '.join(NESTS)}",
         )
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
+    return _bare(state)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
