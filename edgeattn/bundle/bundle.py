@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,24 @@ class Bundle:
         return self._runtime.run(entry, feeds)
 
     def golden(self) -> Iterator[tuple[str, str, dict[str, Array], dict[str, Array]]]:
-        """(file, entry, inputs, reference outputs) of every golden sample."""
+        """(file, entry, inputs, reference outputs) of every golden sample.
+
+        Raises:
+            CheckFailed: a file that does not hold plain arrays; code in it is not run.
+        """
         for name in sorted(n for n in self.manifest.files if n.startswith("golden/")):
-            with np.load(inside(self.path, name), allow_pickle=False) as data:
-                feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
-                outputs = {key[4:]: data[key] for key in data.files if key.startswith("out.")}
+            try:
+                with np.load(inside(self.path, name), allow_pickle=False) as data:
+                    feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
+                    outputs = {key[4:]: data[key] for key in data.files if key.startswith("out.")}
+            except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+                raise CheckFailed(
+                    "a golden sample cannot be read",
+                    value=name,
+                    where=str(self.path),
+                    why=str(error),
+                    fix="export anew",
+                ) from error
             yield name, Path(name).stem.split("-")[0], feeds, outputs
 
     def check_files(self) -> int:
@@ -140,7 +154,7 @@ class Bundle:
         for name, entry, feeds, reference in self.golden():
             outputs = self.run(feeds, entry)
             numerics[name] = {key: compare(value, outputs[key]) for key, value in reference.items()}
-        if not numerics:
+        if not any(numerics.values()):
             raise CheckFailed("the bundle has no golden samples", where=str(self.path), fix="export anew")
         failed = [
             f"{name} {key}: relative L2 {n.relative_l2:.3g}, {n.nonfinite} not finite"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from edgeattn.core.errors import UsageError
 from edgeattn.core.numerics import Array
 
 if TYPE_CHECKING:
@@ -113,6 +114,37 @@ class Runtime(Protocol):
         ...
 
 
+def check_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> None:
+    """Compare feeds with an entry's inputs.
+
+    Raises:
+        UsageError: a missing or unknown name, another shape or dtype.
+    """
+    wanted = {spec.name: spec for spec in inputs}
+    if set(wanted) != set(feeds):
+        raise UsageError("the inputs do not match", value=", ".join(feeds), why=f"wanted are {', '.join(wanted)}")
+    for name, spec in wanted.items():
+        given = feeds[name]
+        if tuple(given.shape) != tuple(spec.shape) or str(given.dtype) != spec.dtype:
+            raise UsageError(
+                "an input has another shape or dtype",
+                value=f"{name}: {tuple(given.shape)} {given.dtype}",
+                why=f"the artifact takes {tuple(spec.shape)} {spec.dtype}",
+            )
+
+
+def entry_of(artifact: Artifact, entry: str) -> ArtifactEntry:
+    """The entry of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if entry not in artifact.entries:
+        known = ", ".join(artifact.entries)
+        raise UsageError("the artifact has no such entry", value=entry, why=f"it has {known}")
+    return artifact.entries[entry]
+
+
 class Target(ABC):
     """A place to run: lowers programs, opens artifacts, and knows what a bundle needs."""
 
@@ -143,6 +175,9 @@ class Target(ABC):
     @abstractmethod
     def open(self, artifact: Artifact) -> Runtime:
         """A runtime on this machine. Raises ToolchainMissing."""
+
+    def warm_up(self) -> None:  # noqa: B027 (optional)
+        """Import what ``lower`` and ``open`` need; called beside earlier stages, so that they do not wait for it."""
 
     def package(self) -> str:
         """The pip requirement that a bundle's ``run.py`` needs beside NumPy; "" if it cannot run without EdgeAttn."""

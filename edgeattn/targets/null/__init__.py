@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
@@ -18,6 +18,8 @@ from edgeattn.targets.base import (
     Target,
     Tensor,
     TraceValue,
+    check_feeds,
+    entry_of,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ class NullTarget(Target):
             placeholders = [n for n in entry.graph.graph.nodes if n.op == "placeholder"]
             users = set(entry.graph.graph_signature.user_inputs)
             values = [n.meta["val"] for n in placeholders if n.name in users]
-            results = [n.meta["val"] for n in entry.graph.graph.output_node().args[0]]
+            # An output that is no tensor (None, a number) is not a node, or not one with a shape.
+            returned: list[Any] = [getattr(n, "meta", {}).get("val") for n in entry.graph.graph.output_node().args[0]]
+            results = [v for v in returned if hasattr(v, "shape")]
             entries[name] = ArtifactEntry(
                 f"{name}.pt2",
                 tuple(Tensor(n, tuple(v.shape), _dtype(v)) for n, v in zip(entry.inputs, values, strict=True)),
@@ -80,12 +84,13 @@ class _NullRuntime:
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        spec = self._artifact.entries[entry]
+        spec = entry_of(self._artifact, entry)
+        check_feeds(spec.inputs, feeds)
         graph = torch.export.load(self._artifact.folder / spec.file)
         with torch.no_grad():
             result = graph.module()(*(torch.from_numpy(feeds[i.name]) for i in spec.inputs))
-        leaves = torch.utils._pytree.tree_leaves(result)
-        return {output.name: leaf.numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return {output.name: leaf.detach().numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
 
     def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
         return [TraceValue(name, "", "output", value) for name, value in self.run(entry, feeds).items()]

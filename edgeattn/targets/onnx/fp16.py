@@ -1,8 +1,9 @@
 """Float16 storage for an ONNX graph, with the operations that do not survive it kept in float32.
 
 What is kept is found by measuring on samples: first every tensor whose float32 values come within a factor of two of
-float16's largest number; then, run by run, the first operation whose float16 result is not finite or far from its
-float32 one although its inputs are near. No list of operation names decides.
+float16's largest number, and every small constant that float16 rounds to 0; then, run by run, the first operation
+whose float16 result is not finite or far from its float32 one although its inputs are near. No list of operation
+names decides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LARGEST = 65504.0
 HEADROOM = 2.0
 #: An operation whose relative L2 error exceeds this, and its inputs' error tenfold, is kept in float32.
 JUMP = 2e-2
+#: Half of the smallest float16 above 0: what is not larger is rounded to 0.
+VANISHES = 2.0**-25
 #: At most this many operations are added one by one after the measured ranges.
 ROUNDS = 24
 
@@ -88,6 +91,45 @@ def _out_of_range(node: ir.Node, peaks: Mapping[str, float]) -> str | None:
         if peak > limit:
             return f"its result or its sum reaches {peak:.3g}, float16 ends at {LARGEST:.0f}"
     return None
+
+
+def _float_inputs(node: ir.Node) -> list[ir.Value]:
+    """Inputs that are float32 tensors, single numbers left out."""
+    floats = [v for v in node.inputs if v is not None and v.dtype == _SINGLE]
+    return [v for v in floats if v.const_value is None or v.const_value.size > 1]
+
+
+def _vanishing(model: ir.Model) -> list[tuple[ir.Node, str]]:
+    """Operations with a constant that float16 rounds to 0, such as an epsilon of 1e-12, and what depends on it.
+
+    Its use is to keep a divisor from 0, which samples need not show. Hence what consumes the result stays float32 too,
+    through operations on that tensor alone, up to the first that joins it with another.
+    """
+    found: dict[int, tuple[ir.Node, str]] = {}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is None or value.dtype != _SINGLE or value.const_value is None or value.const_value.size != 1:
+                continue
+            number = float(value.const_value.numpy().item())
+            if number == 0 or abs(number) > VANISHES:
+                continue
+            why = f"constant {value.name} is {number:.3g}, float16 rounds it to 0"
+            waiting = [node]
+            while waiting:
+                current = waiting.pop()
+                if id(current) in found or current.graph is not model.graph:
+                    continue
+                found[id(current)] = (current, why)
+                if current is node or len(_float_inputs(current)) == 1:
+                    waiting += [use.node for output in current.outputs for use in output.uses()]
+    return list(found.values())
+
+
+def _makers(node: ir.Node, model: ir.Model) -> list[ir.Node]:
+    """The nodes of ``model`` that compute the inputs of its node of the same name as ``node``."""
+    own = next((n for n in model.graph if n.name == node.name), None)
+    makers = [value.producer() for value in own.inputs if value is not None and value.dtype == _SINGLE] if own else []
+    return [maker for maker in makers if maker is not None]
 
 
 def _slots(node: ir.Node, opsets: Mapping[str, int]) -> tuple[list[bool], list[bool]] | None:
@@ -162,13 +204,17 @@ def convert(model: ir.Model, keep: set[str]) -> None:
         for i, value in enumerate(node.outputs):
             if slots and slots[1][i] and value.dtype == _SINGLE:
                 value.type = ir.TensorType(_HALF)
+            # A branch of an If, or the body of a Loop, reads values from outside of it and stays float32.
+            for use in tuple(value.uses()) if slots and slots[1][i] else ():
+                if use.node.graph is not graph:
+                    use.node.replace_input_with(use.idx, as_type(value, _SINGLE))
     for i, output in enumerate(list(graph.outputs)):
         if output.dtype == _HALF:
             name, output.name = output.name, f"{output.name}_fp16"
             cast = as_type(output, _SINGLE)
             cast.name = name
             graph.outputs[i] = cast
-    for name in [n for n, v in graph.initializers.items() if not v.uses()]:
+    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[name]
 
 
@@ -220,12 +266,19 @@ def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir
         for node in model.graph
         if (why := _out_of_range(node, peaks))
     }
+    for node, why in _vanishing(model):
+        kept.setdefault(str(node.name), Kept(str(node.name), node.op_type, module_of(node), why))
     for _ in range(ROUNDS):
         half = model.clone()
         convert(half, set(kept))
         jump = _worst_jump(single, trace_model(half, samples[0]), half)
-        if jump is None or jump[0].name in kept:
+        if jump is None:
             break
         node, why = jump
-        kept[str(node.name)] = Kept(str(node.name), node.op_type, module_of(node), why)
+        # A node that is in float32 already lost its numbers with its inputs.
+        nodes = [node] if node.name not in kept else [n for n in _makers(node, model) if n.name not in kept]
+        if not nodes:
+            break
+        for node in nodes:
+            kept[str(node.name)] = Kept(str(node.name), node.op_type, module_of(node), why)
     return half, list(kept.values())

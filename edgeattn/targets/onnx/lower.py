@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import rewriter
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed
@@ -32,20 +33,55 @@ _KEPT_NOTES = ("pkg.torch.onnx.name_scopes",)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _exact_constants() -> Iterator[None]:
+    """While this lasts the exporter's optimizer takes a constant for 0 or 1 only if it is.
+
+    Its patterns match within 1e-8: it would drop the addition of an epsilon of 1e-12, and a row of zeros would be
+    divided by zero.
+    """
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    values: list[Any] = [value for rule in rules for node in rule._target_pattern for value in node.inputs]
+    constants = [(value, value._rel_tol, value._abs_tol) for value in values if hasattr(value, "_abs_tol")]
+    try:
+        for value, *_ in constants:
+            value._rel_tol = value._abs_tol = 0.0
+        yield
+    finally:
+        for value, relative, absolute in constants:
+            value._rel_tol, value._abs_tol = relative, absolute
+
+
+def _distinct_names(model: ir.Model) -> None:
+    """Rename values inside the graph that bear the name of an input or output; the recipe chooses those freely."""
+    outside = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    taken = {str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)}
+    inside = [value for node in model.graph.all_nodes() for value in node.outputs]
+    values = [v for v in (*inside, *model.graph.initializers.values()) if id(v) not in outside]
+    used = taken | {str(value.name) for value in values}
+    for value in values:
+        if value.name in taken:
+            number = next(i for i in itertools.count(1) if f"{value.name}_{i}" not in used)
+            value.name = f"{value.name}_{number}"
+            used.add(value.name)
 
 
 def _export(entry: Entry) -> ir.Model:
     try:
-        with _quiet():
+        with _quiet(), _exact_constants():
             program = torch.onnx.export(
                 entry.graph,
                 dynamo=True,
@@ -59,6 +95,7 @@ def _export(entry: Entry) -> ir.Model:
         raise _failure(entry, error) from error
     if program is None:
         raise ConversionFailed("the ONNX exporter returned nothing")
+    _distinct_names(program.model)
     return program.model
 
 
@@ -84,12 +121,12 @@ def _failure(entry: Entry, error: Exception) -> ConversionFailed:
                 fix="write them with other PyTorch operations",
                 details=sorted(set(found)),
             )
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    match = re.search(r"name_scopes|nn_module_stack.*?'([^']+)'", str(error))
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     return ConversionFailed(
-        "the ONNX exporter failed",
-        where=match[1] if match and match[1] else None,
-        why=lines[-1][:400] if lines else type(error).__name__,
+        "the ONNX exporter failed", why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400]
     )
 
 
@@ -100,7 +137,7 @@ def _tidy(model: ir.Model, metadata: dict[str, str]) -> None:
     model.doc_string = None
     model.metadata_props.clear()
     model.metadata_props.update({f"edgeattn.{key}": value for key, value in sorted(metadata.items())})
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.doc_string = None
         for key in [key for key in node.metadata_props if key not in _KEPT_NOTES]:
             del node.metadata_props[key]

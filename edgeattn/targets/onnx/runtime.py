@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, TraceValue
+from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
 
 #: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.
 TRACE_BYTES = 512_000_000
@@ -67,7 +66,7 @@ def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> list[TraceValue]
         pieces[-1].append((value, node))
         held += size
     values: list[TraceValue] = []
-    for piece in pieces:
+    for piece in filter(None, pieces):
         extra = [value for value, _ in piece if not any(value is output for output in original)]
         model.graph.outputs[:] = [*original, *extra]
         try:
@@ -91,10 +90,7 @@ class OnnxRuntime:
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def _path(self, entry: str) -> str:
-        if entry not in self._artifact.entries:
-            known = ", ".join(self._artifact.entries)
-            raise UsageError("the artifact has no such entry", value=entry, why=f"it has {known}")
-        return str(self._artifact.folder / self._artifact.entries[entry].file)
+        return str(self._artifact.folder / entry_of(self._artifact, entry).file)
 
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name, as ONNX Runtime computes them with its default optimizations.
@@ -113,22 +109,3 @@ class OnnxRuntime:
     def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
         """Every float tensor of the graph, in order; see ``trace_model``."""
         return trace_model(ir.load(self._path(entry)), feeds)
-
-
-def check_feeds(inputs: Sequence[Any], feeds: Mapping[str, Array]) -> None:
-    """Compare feeds with an entry's inputs.
-
-    Raises:
-        UsageError: a missing or unknown name, another shape or dtype.
-    """
-    wanted = {spec.name: spec for spec in inputs}
-    if set(wanted) != set(feeds):
-        raise UsageError("the inputs do not match", value=", ".join(feeds), why=f"wanted are {', '.join(wanted)}")
-    for name, spec in wanted.items():
-        given = feeds[name]
-        if tuple(given.shape) != tuple(spec.shape) or str(given.dtype) != spec.dtype:
-            raise UsageError(
-                "an input has another shape or dtype",
-                value=f"{name}: {tuple(given.shape)} {given.dtype}",
-                why=f"the artifact takes {tuple(spec.shape)} {spec.dtype}",
-            )
