@@ -7,6 +7,7 @@ behind carries its process id and is cleared away by the next one that writes to
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -112,7 +113,7 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _sync(temporary)
-        if os.path.lexists(final) and not final.is_dir():
+        if final.is_file() or (final.is_symlink() and not final.exists()):
             raise UsageError(
                 "the output folder cannot be written", value=final, why="a file of that name is in its place"
             )
@@ -134,21 +135,27 @@ def _take_place(folder: Path, final: Path) -> None:
         pass  # nothing was there, or another process has just set it aside
     try:
         move_into(folder, final)
-    finally:
-        if not final.exists() and aside.exists():
-            aside.rename(final)
-        remove(aside)
+    except OSError:
+        if aside.exists():
+            move_into(aside, final)
+        raise
+    remove(aside)
 
 
 def move_into(folder: Path, final: Path) -> None:
     """Rename a filled folder to ``final``. If another process was first its folder stands, and ours is dropped."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        remove(folder)
+    while True:
+        try:
+            folder.rename(final)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # Unless a third process has just set it aside: then ours may take the place after all.
+        if final.is_dir():
+            remove(folder)
+            return
 
 
 def scratch_folder(parent: Path) -> Path:

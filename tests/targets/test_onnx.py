@@ -164,8 +164,9 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("how", TINY)
+@pytest.mark.parametrize(
+    ("how", "precision"), [("add", "fp32"), ("add", "fp16"), ("rsqrt", "fp16"), ("normalize", "fp16")]
+)
 def test_a_tiny_epsilon_under_a_division_keeps_a_row_of_zeros_finite(tmp_path, how, precision):
     # onnxscript's optimizer takes 1e-12 for 0 and drops the addition; float16 rounds it to 0. The sample shows neither.
     lowered = Lowered(tmp_path / "a", Fn(TINY[how]), {"x": ZERO_ROW}, precision, samples=[{"x": X[[0, 1, 1]].numpy()}])
@@ -228,7 +229,7 @@ def test_fp16_stores_half_the_bytes_and_keeps_the_signature(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["conv_bn", "attention", "cond"])
+@pytest.mark.parametrize("name", ["conv_bn", "cond"])
 def test_the_file_says_what_it_is_and_nothing_of_this_machine(tmp_path, name, precision):
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
