@@ -17,12 +17,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Spatial side that is kept of a recorded activation: enough to reach past common kernels, cheap in float64.
 CROP = 16
-#: Largest activation (elements) that is kept whole for a block which may not run on a crop.
-WHOLE = 1 << 20
 
 
 class Refused(Exception):
     """Why a place cannot be fused, in words for the report."""
+
+
+class NotRunnable(Refused):
+    """The training form of a block does not run on the recorded arguments: perhaps not on a crop of them."""
 
 
 @dataclass(eq=False)
@@ -49,17 +51,15 @@ class Block:
     pairs: Callable[[nn.Module], list[tuple[nn.Module, nn.Module]]]
     crop: Callable[[Tensor], int | None] = lambda x: None
 
-    def samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Arguments]:
-        """Recorded arguments in the forms in which the block is tried: a crop first, the whole if that cannot run."""
+    def cropped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """A copy of the middle of the recorded arguments; of all of them where no crop may be taken."""
         tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
         axis = self.crop(tensors[0]) if len(tensors) == 1 else None
-        forms: list[Callable[[Tensor], Tensor]] = [] if axis is None else [lambda x: crop(x, axis)]
-        if not forms or tensors[0].numel() <= WHOLE:
-            forms.append(lambda x: x)
-        found = [_copied(form, (args, kwargs)) for form in forms]
-        if len(found) == 2 and axis is not None and crop(tensors[0], axis).shape == tensors[0].shape:
-            del found[1]
-        return found
+        return self.whole(args, kwargs) if axis is None else _copied(lambda x: crop(x, axis), (args, kwargs))
+
+    def whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """A copy of all of the recorded arguments."""
+        return _copied(lambda x: x, (args, kwargs))
 
 
 @dataclass(frozen=True)

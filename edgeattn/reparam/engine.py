@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, softmax_scale
-from edgeattn.reparam.block import Block, Refused, Rule, Site, map_tensors
+from edgeattn.reparam.block import Block, NotRunnable, Refused, Rule, Site, map_tensors
 from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
 from edgeattn.reparam.proof import MODEL_TOLERANCE, MODEL_TOLERANCE_FLOAT64, BlockProof, NotFused, Proof
 from edgeattn.reparam.trace import Inputs, capture, duplicate, run
@@ -112,14 +112,13 @@ def _apply(
                 blocks.append(proposal)
         if not blocks:
             return
-        wanted = {block.entry: block.samples for block in blocks}
-        recorded = capture(site.model, site.inputs, wanted, site.seed)
+        recorded = capture(site.model, site.inputs, {block.entry: block.cropped for block in blocks}, site.seed)
         pairs: list[tuple[nn.Module, nn.Module]] = []
         rejected = False
         for block in blocks:
             proof, reason = None, None
             try:
-                deploy, proof = prove(block, recorded.pop(block.entry, ()), generator)
+                deploy, proof = _prove(block, recorded.pop(block.entry, None), site, generator)
             except guest.Unchanged:
                 reason = ""
             except Refused as refusal:
@@ -139,6 +138,15 @@ def _apply(
             site.exchange(pairs)
         if not rejected:
             return
+
+
+def _prove(block: Block, sample: Any, site: Site, generator: torch.Generator) -> tuple[nn.Module, BlockProof]:
+    """The proof on a crop; on the whole activation, recorded anew, for a block that does not run on a crop."""
+    try:
+        return prove(block, sample, generator)
+    except NotRunnable:
+        whole = capture(site.model, site.inputs, {block.entry: block.whole}, site.seed)
+        return prove(block, whole.get(block.entry), generator)
 
 
 def _compare(model: nn.Module, site: Site, rules: Sequence[Rule], reference: Any, proof: Proof) -> Reparameterized:

@@ -129,8 +129,9 @@ def sum_kernels(
     branches = list(parts)
     groups = math.gcd(*(g for _, _, g in branches))
     kernel = tuple(max(sizes) for sizes in zip(*(weight.shape[2:] for weight, _, _ in branches), strict=True))
-    weight = torch.stack([centre(regroup(w, g, groups), kernel) for w, _, g in branches]).sum(0)
-    bias = torch.stack([b for _, b, _ in branches]).sum(0)
+    # One after the other: the widened kernels of all branches at once would be the peak memory of a whole export.
+    weights = (centre(regroup(w, g, groups), kernel) for w, _, g in branches)
+    weight, bias = sum(weights, torch.zeros(())), sum((b for _, b, _ in branches), torch.zeros(()))
     if scale is not None and shift is not None:
         weight, bias = weight + diagonal(scale, groups, kernel), bias + shift
     return weight, bias, groups

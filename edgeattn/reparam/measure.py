@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgeattn.reparam.block import Arguments, Block, Refused, map_tensors
+from edgeattn.reparam.block import Arguments, Block, NotRunnable, Refused, map_tensors
 from edgeattn.reparam.fold import is_batch_norm, is_layer
 from edgeattn.reparam.proof import BlockProof, Errors, Totals
 from edgeattn.reparam.trace import duplicate, leaf_tensors, preserved
@@ -50,21 +50,26 @@ def _distance(reference: Tensor, other: Tensor) -> float:
     return error / norm if norm else (0.0 if error == 0 else math.inf)
 
 
-def prove(block: Block, samples: Sequence[Arguments], generator: torch.Generator) -> tuple[nn.Module, BlockProof]:
+def prove(block: Block, sample: Arguments | None, generator: torch.Generator) -> tuple[nn.Module, BlockProof]:
     """The float32 deploy form of a block and its measured errors; whether these hold is for the caller to say.
 
     The fold is made in float64 and rounded to float32 once. Nothing of the model is touched.
 
+    Args:
+        sample: recorded arguments of the block's entry; None if it was not called.
+
     Raises:
-        Refused: the fold cannot be made, or neither form runs on the recorded activations.
+        NotRunnable: the training form does not run on ``sample``. Refused: the fold cannot be made.
     """
+    if sample is None:
+        raise Refused("it was not called in the recorded forward")
     with torch.no_grad():
         _check_dtype(block.before)
         training = block.before
         training64 = duplicate(training).double()
         deploy64 = fold(block, duplicate(training64))
         deploy = duplicate(deploy64).float()
-        errors = _errors(training, deploy, training64, deploy64, samples, generator)
+        errors = _errors(training, deploy, training64, deploy64, sample, generator)
     (range_before, crest_before), (range_after, crest_after) = _spread(training), _spread(deploy)
     return deploy, BlockProof(
         path=block.path,
@@ -95,26 +100,21 @@ def _errors(
     deploy: nn.Module,
     training64: nn.Module,
     deploy64: nn.Module,
-    samples: Sequence[Arguments],
+    real: Arguments,
     generator: torch.Generator,
 ) -> Errors:
-    """The four errors on the first sample that the training form takes."""
-    for number, real in enumerate(samples, 1):
-        noise = map_tensors(lambda x: _noise(x, generator), real)
-        try:
-            references = [_run(training64, _double(real)), _run(training64, _double(noise))]
-            references += [_run(training, real), _run(training, noise)]
-        except Exception as error:  # a guest may refuse a crop; then the whole is tried
-            if number == len(samples):
-                raise Refused(f"it could not be run on its own on recorded activations: {error}") from error
-            continue
-        try:
-            results = [_run(deploy64, _double(real)), _run(deploy64, _double(noise))]
-            results += [_run(deploy, real), _run(deploy, noise)]
-        except Exception as error:  # the fused form of a guest may be broken in any way
-            raise Refused(f"its fused form raised {type(error).__name__}: {error}") from error
-        return Errors(*(distance(r, y) for r, y in zip(references, results, strict=True)))
-    raise Refused("it was not called in the recorded forward")
+    noise = map_tensors(lambda x: _noise(x, generator), real)
+    try:
+        references = [_run(training64, _double(real)), _run(training64, _double(noise))]
+        references += [_run(training, real), _run(training, noise)]
+    except Exception as error:  # whatever a guest raises
+        raise NotRunnable(f"it could not be run on its own on recorded activations: {error}") from error
+    try:
+        results = [_run(deploy64, _double(real)), _run(deploy64, _double(noise))]
+        results += [_run(deploy, real), _run(deploy, noise)]
+    except Exception as error:  # the fused form of a guest may be broken in any way
+        raise Refused(f"its fused form raised {type(error).__name__}: {error}") from error
+    return Errors(*(distance(r, y) for r, y in zip(references, results, strict=True)))
 
 
 def _run(module: nn.Module, arguments: Arguments) -> Any:

@@ -18,4 +18,5 @@ def run(context: Context) -> dict[str, Any]:
     inputs = tuple(torch.from_numpy(value) for value in feeds.values())
     result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed)
     context.values["reparameterize"] = result.model
+    del context.values["build"]  # the training form has done its part, and takes memory
     return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}
