@@ -133,8 +133,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", MODELS)
+#: fp16 goes through the float32 graph too; float32 alone is checked where the exporter itself has a trap.
+SINGLE = ("conv_bn", "attention", "output_is_input", "only_folded_output", "integers_only", "resize", "cond")
+
+
+@pytest.mark.parametrize(("name", "precision"), [*((n, "fp32") for n in SINGLE), *((n, "fp16") for n in MODELS)])
 def test_numbers_hold(tmp_path, name, precision):
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
