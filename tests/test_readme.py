@@ -30,7 +30,11 @@ def build():
 
 def commands(page: Path) -> list[str]:
     """Lines of indented or fenced code that begin with edgeattn or python, without their comments."""
-    lines = [line.strip().removeprefix("$ ") for line in page.read_text().splitlines() if re.match(r"(    |\$ |edgeattn )", line)]
+    lines = [
+        line.strip().removeprefix("$ ")
+        for line in page.read_text().splitlines()
+        if re.match(r"(    |\$ |edgeattn )", line)
+    ]
     return [line.partition("  #")[0].strip() for line in lines if line.startswith(("edgeattn ", "python "))]
 
 

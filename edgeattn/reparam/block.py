@@ -15,8 +15,8 @@ from edgeattn.reparam.trace import Inputs, Record, trace
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: Spatial side that is kept of a recorded activation: enough to reach past common kernels, cheap in float64.
-CROP = 16
+#: Spatial side that is kept of a recorded activation beside what the block's kernels reach: cheap in float64.
+CROP = 8
 
 
 class Refused(Exception):
@@ -55,7 +55,10 @@ class Block:
         """A copy of the middle of the recorded arguments; of all of them where no crop may be taken."""
         tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
         axis = self.crop(tensors[0]) if len(tensors) == 1 else None
-        return self.whole(args, kwargs) if axis is None else _copied(lambda x: crop(x, axis), (args, kwargs))
+        if axis is None:
+            return self.whole(args, kwargs)
+        side = max(CROP, reach(self.before))
+        return _copied(lambda x: crop(x, axis, side), (args, kwargs))
 
     def whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """A copy of all of the recorded arguments."""
@@ -143,10 +146,21 @@ def _copied(form: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments
     return copied
 
 
-def crop(x: Tensor, axis: int) -> Tensor:
-    """The middle of ``x``: one batch element where there are other axes to crop, at most ``CROP`` along those."""
+def reach(module: nn.Module) -> int:
+    """A spatial side on which every tap of every kernel of ``module`` meets data, one layer behind the other."""
+    spans = [1]
+    for layer in module.modules():
+        sizes, steps = getattr(layer, "kernel_size", 1), getattr(layer, "dilation", 1)
+        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
+        steps = steps if isinstance(steps, tuple) else (steps,) * len(sizes)
+        spans += [step * (size - 1) for size, step in zip(sizes, steps, strict=False) if isinstance(size, int)]
+    return sum(spans)
+
+
+def crop(x: Tensor, axis: int, side: int) -> Tensor:
+    """The middle of ``x``: one batch element where there are other axes to crop, at most ``side`` along those."""
     for dim, size in enumerate(x.shape):
-        keep = 1 if dim == 0 and x.ndim > 2 and axis != 0 else CROP
+        keep = 1 if dim == 0 and x.ndim > 2 and axis != 0 else side
         if dim != axis and size > keep:
             x = x.narrow(dim, (size - keep) // 2, keep)
     return x

@@ -63,13 +63,24 @@ def prove(block: Block, sample: Arguments | None, generator: torch.Generator) ->
     """
     if sample is None:
         raise Refused("it was not called in the recorded forward")
+    noise = map_tensors(lambda x: _noise(x, generator), sample)
     with torch.no_grad():
         _check_dtype(block.before)
         training = block.before
         training64 = duplicate(training).double()
-        deploy64 = fold(block, duplicate(training64))
+        try:
+            references = [_run(training64, _double(sample)), _run(training64, _double(noise))]
+            references += [_run(training, sample), _run(training, noise)]
+        except Exception as error:  # whatever a guest raises
+            raise NotRunnable(f"it could not be run on its own on recorded activations: {error}") from error
+        deploy64 = fold(block, training64)
         deploy = duplicate(deploy64).float()
-        errors = _errors(training, deploy, training64, deploy64, sample, generator)
+        try:
+            results = [_run(deploy64, _double(sample)), _run(deploy64, _double(noise))]
+            results += [_run(deploy, sample), _run(deploy, noise)]
+        except Exception as error:  # the fused form of a guest may be broken in any way
+            raise Refused(f"its fused form raised {type(error).__name__}: {error}") from error
+    errors = Errors(*(distance(r, y) for r, y in zip(references, results, strict=True)))
     (range_before, crest_before), (range_after, crest_after) = _spread(training), _spread(deploy)
     return deploy, BlockProof(
         path=block.path,
@@ -93,28 +104,6 @@ def fold(block: Block, training64: nn.Module) -> nn.Module:
         deploy = block.fuse(training64).double()
         deploy.eval()  # a statement of its own: guests that override train() may return nothing
     return deploy
-
-
-def _errors(
-    training: nn.Module,
-    deploy: nn.Module,
-    training64: nn.Module,
-    deploy64: nn.Module,
-    real: Arguments,
-    generator: torch.Generator,
-) -> Errors:
-    noise = map_tensors(lambda x: _noise(x, generator), real)
-    try:
-        references = [_run(training64, _double(real)), _run(training64, _double(noise))]
-        references += [_run(training, real), _run(training, noise)]
-    except Exception as error:  # whatever a guest raises
-        raise NotRunnable(f"it could not be run on its own on recorded activations: {error}") from error
-    try:
-        results = [_run(deploy64, _double(real)), _run(deploy64, _double(noise))]
-        results += [_run(deploy, real), _run(deploy, noise)]
-    except Exception as error:  # the fused form of a guest may be broken in any way
-        raise Refused(f"its fused form raised {type(error).__name__}: {error}") from error
-    return Errors(*(distance(r, y) for r, y in zip(references, results, strict=True)))
 
 
 def _run(module: nn.Module, arguments: Arguments) -> Any:

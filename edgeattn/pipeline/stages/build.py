@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import site
 import sys
@@ -57,11 +58,30 @@ def _read_files(own: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _distributions() -> list[str]:
-    """Installed packages that are loaded beside torch's own requirements."""
+def _imported(files: list[str]) -> set[str]:
+    """Top-level names that Python files import, read from their text: what else is loaded in this process is not theirs."""
+    names = set()
+    for file in files:
+        try:
+            tree = ast.parse(Path(file).read_bytes()) if file.endswith(".py") else ast.Module([], [])
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+def _distributions(factory: str, files: list[str]) -> list[str]:
+    """Installed packages that a guest's factory comes from or that its files import."""
+    module = factory.partition(":")[0]
+    if module.partition(".")[0] == "edgeattn":
+        return []  # a first citizen imports nothing beyond what the stage's tools list
+    names = _imported(files) | {module.partition(".")[0]}
     packages = importlib.metadata.packages_distributions()
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    return sorted({dist for name in loaded & set(packages) for dist in packages[name]})
+    return sorted({distribution for name in names & set(packages) for distribution in packages[name]})
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -69,14 +89,11 @@ def run(context: Context) -> dict[str, Any]:
     _watch()
     _OPENED.clear()
     resolved = context.job.resolved
-    before = {name.partition(".")[0] for name in sys.modules}
     built = build(resolved)
     context.values["build"] = built
-    guests = {name.partition(".")[0] for name in sys.modules} - before
-    own = {str(Path(p).resolve()) for p in (resolved.checkpoint, resolved.heldout) if p}
+    files = _read_files({str(Path(p).resolve()) for p in (resolved.checkpoint, resolved.heldout) if p})
     return {
         "parameters": sum(p.numel() for p in built.model.parameters()),
         "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in built.specs],
-        # Looking packages up is slow; a first citizen loads nothing beyond what the stage's tools list.
-        "sources": {"files": _read_files(own), "distributions": _distributions() if guests - {"edgeattn"} else []},
+        "sources": {"files": files, "distributions": _distributions(resolved.recipe.model.factory, files)},
     }
