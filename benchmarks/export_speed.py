@@ -2,10 +2,11 @@
 
     python benchmarks/export_speed.py [--model fmvit-s] [--rounds 7]
 
-Ours: ``edgeattn export MODEL --target onnx`` in a fresh process with an empty cache: build, reference, reparameterization
-with proof, capture, lowering, verification under ONNX Runtime, bundle. Bare: a fresh process that builds the same model,
-takes the deploy form ready-made (folded beforehand, so it pays for no fusion), calls ``torch.onnx.export`` and saves.
-A second baseline, "bare, loaded", does not even build the model: it unpickles the deploy form. Turns are interleaved.
+Ours: ``edgeattn export MODEL --target onnx`` in a fresh process with an empty cache: build, reference,
+reparameterization with proof, capture, lowering, verification under ONNX Runtime, bundle. Bare: a fresh process that
+builds the same model, takes the deploy form ready-made (folded beforehand, so it pays for no fusion), calls
+``torch.onnx.export`` and saves. A second baseline, "bare, loaded", does not even build the model: it unpickles the
+deploy form. Turns are interleaved.
 """
 
 from __future__ import annotations

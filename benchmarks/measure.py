@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes measured from outside, and ratios of interleaved rounds with a bootstrap interval."""
+"""What the benchmarks share: processes measured from outside, and ratios of interleaved rounds with their spread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Run:
-    """Wall time in seconds and peak memory in MB (resident, summed over the process and its children) of one command."""
+    """Wall time in seconds and peak memory in MB of one command: resident, summed over the process and its children."""
 
     seconds: float
     peak_mb: float

@@ -22,7 +22,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from edgeattn import targets
 from edgeattn.core.errors import EdgeAttnError
 from edgeattn.pipeline.context import Context, Result
 from edgeattn.pipeline.job import Job
@@ -89,13 +88,6 @@ def _import_torch() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
-def _warm_up(target: str) -> None:
-    """Import what capture and the target need, while the stages before them compute."""
-    with contextlib.suppress(Exception):  # the stage that needs it will say what is wrong
-        importlib.import_module("torch._dynamo")
-        targets.get(target).warm_up()
-
-
 def main(answers: int) -> None:
     """Serve requests until standard input closes.
 
@@ -114,12 +106,8 @@ def main(answers: int) -> None:
 
     _import_torch()
     values: dict[str, Any] = {}
-    warm: threading.Thread | None = None
     while True:
         request = waiting.get()
-        if warm is None:
-            warm = threading.Thread(target=_warm_up, args=(request["job"]["target"],), daemon=True)
-            warm.start()
         context = Context(
             Job.from_dict(request["job"]),
             Path(request["out"]),

@@ -176,9 +176,6 @@ class Target(ABC):
     def open(self, artifact: Artifact) -> Runtime:
         """A runtime on this machine. Raises ToolchainMissing."""
 
-    def warm_up(self) -> None:  # noqa: B027 (optional)
-        """Import what ``lower`` and ``open`` need; called beside earlier stages, so that they do not wait for it."""
-
     def package(self) -> str:
         """The pip requirement that a bundle's ``run.py`` needs beside NumPy; "" if it cannot run without EdgeAttn."""
         return ""

@@ -59,7 +59,7 @@ def _read_files(own: set[str]) -> list[str]:
 
 
 def _imported(files: list[str]) -> set[str]:
-    """Top-level names that Python files import, read from their text: what else is loaded in this process is not theirs."""
+    """Top-level names that Python files import, by their text: what else this process has loaded is not theirs."""
     names = set()
     for file in files:
         try:

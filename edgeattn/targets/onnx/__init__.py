@@ -53,13 +53,6 @@ class OnnxTarget(Target):
 
         return OnnxRuntime(artifact)
 
-    def warm_up(self) -> None:
-        """The exporter, its operator library and the runtime."""
-        import onnxscript.optimizer  # noqa: F401
-        import torch.onnx._internal.exporter._core  # noqa: F401
-
-        import edgeattn.targets.onnx.lower  # noqa: F401
-
     def package(self) -> str:
         """The runner needs ONNX Runtime alone."""
         return "onnxruntime"
