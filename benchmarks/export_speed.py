@@ -16,9 +16,15 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Run, ratio, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measure import peak_mb, ratio, seconds
+
+#: Runs a command (with an environment, or None for this one's) and returns one figure of it.
+Measure = Callable[[Sequence[str], dict[str, str] | None], float]
 
 PREPARE = """
 import sys, torch
@@ -51,31 +57,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         deploy, file = str(folder / "deploy.pt"), str(folder / "bare.onnx")
-        run([sys.executable, "-c", PREPARE, arguments.model, deploy])
+        seconds([sys.executable, "-c", PREPARE, arguments.model, deploy])
 
-        def ours() -> Run:
+        def ours(measure: Measure) -> float:
             shutil.rmtree(folder / "cache", ignore_errors=True)
             shutil.rmtree(folder / "out", ignore_errors=True)
             command = [sys.executable, "-m", "edgeattn", "export", arguments.model, "-o", str(folder / "out")]
-            return run(command, {**os.environ, "EDGEATTN_CACHE": str(folder / "cache")})
+            return measure(command, {**os.environ, "EDGEATTN_CACHE": str(folder / "cache")})
 
-        def bare(how: str) -> Run:
-            return run([sys.executable, "-c", BARE, arguments.model, deploy, file, how])
+        def bare(how: str) -> Callable[[Measure], float]:
+            return lambda measure: measure([sys.executable, "-c", BARE, arguments.model, deploy, file, how], None)
 
-        taken: dict[str, list[Run]] = {"ours": [], "bare": [], "bare, loaded": []}
-        for turn in range(arguments.rounds):
-            steps = [("ours", ours), ("bare", lambda: bare("build")), ("bare, loaded", lambda: bare("load"))]
-            for label, step in steps if turn % 2 == 0 else steps[::-1]:
-                taken[label].append(step())
-            last = {label: runs[-1] for label, runs in taken.items()}
-            print(
-                f"round {turn + 1}: " + ", ".join(f"{k} {r.seconds:.1f} s {r.peak_mb:.0f} MB" for k, r in last.items())
-            )
-        for label in ("bare", "bare, loaded"):
-            seconds = ratio([r.seconds for r in taken["ours"]], [r.seconds for r in taken[label]])
-            memory = ratio([r.peak_mb for r in taken["ours"]], [r.peak_mb for r in taken[label]])
-            print(f"{arguments.model}: wall time, ours / {label}: {seconds}")
-            print(f"{arguments.model}: peak memory, ours / {label}: {memory}")
+        steps = {"ours": ours, "bare": bare("build"), "bare, loaded": bare("load")}
+        for title, unit, measure in (("wall time", "s", seconds), ("peak memory", "MB", peak_mb)):
+            taken: dict[str, list[float]] = {label: [] for label in steps}
+            for turn in range(arguments.rounds):
+                for label in list(steps)[:: 1 if turn % 2 == 0 else -1]:
+                    taken[label].append(steps[label](measure))
+                last = ", ".join(f"{label} {values[-1]:.1f} {unit}" for label, values in taken.items())
+                print(f"{title}, round {turn + 1}: {last}", flush=True)
+            for label in ("bare", "bare, loaded"):
+                print(f"{arguments.model}: {title}, ours / {label}: {ratio(taken['ours'], taken[label])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,35 +12,45 @@ from dataclasses import dataclass
 import psutil
 
 
-@dataclass(frozen=True)
-class Run:
-    """Wall time in seconds and peak memory in MB of one command: resident, summed over the process and its children."""
-
-    seconds: float
-    peak_mb: float
+def _finish(process: psutil.Popen, command: Sequence[str]) -> None:
+    said = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{said}")
 
 
-def run(command: Sequence[str], environ: dict[str, str] | None = None) -> Run:
-    """Run a command to its end; its memory is sampled every 10 ms.
+def _start(command: Sequence[str], environ: dict[str, str] | None) -> psutil.Popen:
+    return psutil.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def seconds(command: Sequence[str], environ: dict[str, str] | None = None) -> float:
+    """Wall time of a command; nothing else runs beside it.
 
     Raises:
         SystemExit: the command failed; prints what it said.
     """
     start = time.perf_counter()
-    process = psutil.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak = 0
+    process = _start(command, environ)
+    _finish(process, command)
+    return time.perf_counter() - start
+
+
+def peak_mb(command: Sequence[str], environ: dict[str, str] | None = None) -> float:
+    """Peak memory of a command: resident, summed over the process and its children, looked at every 10 ms.
+
+    A run of its own, since looking takes time from a command that uses all cores.
+
+    Raises:
+        SystemExit: the command failed; prints what it said.
+    """
+    process, peak = _start(command, environ), 0
     while process.poll() is None:
         try:
-            tree = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(p.memory_info().rss for p in tree))
+            peak = max(peak, sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]))
         except psutil.Error:
             pass  # a process that ended between two looks
         time.sleep(0.01)
-    seconds = time.perf_counter() - start
-    said = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{said}")
-    return Run(seconds, peak / 1e6)
+    _finish(process, command)
+    return peak / 1e6
 
 
 @dataclass(frozen=True)
