@@ -45,8 +45,10 @@ def command(args: tuple[str, ...], as_json: bool, **given: Any) -> None:
     _show(out, facts["proof"], facts["summary"])
 
 
-def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.1e}"
+def _figure(values: list[float | None]) -> str:
+    """The larger of the errors on real and on random activations."""
+    known = [value for value in values if value is not None]
+    return f"{max(known):.1e}" if len(known) == len(values) else "not finite"
 
 
 def _show(out: Console, proof: dict[str, Any], summary: str) -> None:
@@ -55,17 +57,23 @@ def _show(out: Console, proof: dict[str, Any], summary: str) -> None:
     from edgeattn.cli._show import table
 
     if proof["fused"]:
-        numbers = ("fp64 real", "fp64 random", "fp32 real", "fp32 random", "parameters", "weight range", "crest")
+        numbers = ("fp64 error", "fp32 error", "parameters", "range", "crest")
         rows = table("block", "rule", *numbers, "PTQ", right=numbers)
         for block in proof["fused"]:
             errors = [
-                _figure(block["errors"][f"float{bits}_{kind}"]) for bits in (64, 32) for kind in ("real", "random")
+                _figure([block["errors"][f"float{bits}_{kind}"] for kind in ("real", "random")]) for bits in (64, 32)
             ]
             count = f"{block['parameters_before']:,} -> {block['parameters_after']:,}"
             growth = ["" if block[g] is None else f"x{block[g]:.2f}" for g in ("range_growth", "crest_growth")]
             risk = "[yellow]risk[/yellow]" if block["ptq_risk"] else ""
             rows.add_row(escape(block["path"] or "(model)"), block["rule"], *errors, count, *growth, risk)
         out.print(rows)
+        out.print()
+        out.print(
+            "errors: relative L2 of the deploy against the training form, the larger of real and random activations; "
+            "range: growth of max|W|; crest: of max|W| / rms(W)",
+            style="dim",
+        )
         out.print()
     if proof["not_fused"]:
         rows = table("not fused", "rule", "why")
