@@ -71,6 +71,14 @@ def test_commands_run(page: Path, place: Path, digits: object) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_runs(page: Path, place: Path, digits: object) -> None:
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        start = "import numpy\nimages = numpy.zeros((1, 1, 32, 32), numpy.float32)\n"
+        done = subprocess.run([sys.executable, "-c", start + code], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, f"{page.name}\n{code}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -142,7 +142,13 @@ class Proof:
         worst64 = max(max(b.errors.float64_real, b.errors.float64_random) for b in self.fused)
         exact = "" if self.float64 is None else f", {self.float64:.1e} in float64 (the model amplifies rounding)"
         risks = len(self.ptq_risks)
-        risk = f" PTQ risk in {risks}: the weight range grew more than {PTQ_GROWTH:g}x." if risks else ""
+        outliers = sum(block.crest_growth > PTQ_GROWTH for block in self.ptq_risks)
+        risk = (
+            f" PTQ risk in {risks}: the weight range grew more than {PTQ_GROWTH:g}x, in {outliers} of them by "
+            "outliers, in the others mostly by rescaling."
+            if risks
+            else ""
+        )
         return (
             f"{_count(len(self.fused), 'block')} fused; {self.before.parameters:,} -> {self.after.parameters:,} "
             f"parameters, {self.before.batch_norms} -> {self.after.batch_norms} batch norms; largest relative L2 of a "
