@@ -43,7 +43,7 @@ def first_divergence(context: Context, runtime: Runtime, feeds: dict[str, Array]
     modules whose tensors were fused away or have another layout are passed over.
     """
     torch_values = module_outputs(context.value("reparameterize"), feeds)
-    trace = runtime.trace("main", feeds)
+    trace = list(runtime.trace("main", feeds))
     tolerance = TOLERANCES[context.job.precision]
     for path, reference in torch_values.items():
         inside = [t for t in trace if path and (t.module == path or t.module.startswith(f"{path}."))]

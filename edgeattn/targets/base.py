@@ -6,7 +6,7 @@ A target's own module must import without its toolchain and without torch; it re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -105,7 +105,7 @@ class Runtime(Protocol):
         """Outputs by name for inputs by name."""
         ...
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
+    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
         """Every float tensor inside the artifact in execution order, each stored in the artifact's own dtype.
 
         The last values of the graph outputs' names are the outputs as computed with every tensor rounded, which

@@ -12,6 +12,7 @@ from edgeattn.core.errors import ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, compare
 from edgeattn.targets.base import LowerPlan
 from edgeattn.targets.onnx import OnnxTarget
+from edgeattn.targets.onnx import files as onnx_files
 from edgeattn.targets.onnx import runtime as onnx_runtime
 
 TARGET = OnnxTarget()
@@ -262,7 +263,7 @@ def test_trace_gives_the_modules_outputs_whole_or_in_pieces(tmp_path, monkeypatc
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 4)), nn.Softmax(-1))
     lowered = Lowered(tmp_path / "a", model, {"x": X})
-    whole = lowered.runtime.trace("main", lowered.feeds)
+    whole = list(lowered.runtime.trace("main", lowered.feeds))
     expected, x = {}, X
     for path, module in [("0", model[0]), ("1.0", model[1][0]), ("1.1", model[1][1]), ("2", model[2])]:
         expected[path] = x = module(x)
@@ -275,10 +276,19 @@ def test_trace_gives_the_modules_outputs_whole_or_in_pieces(tmp_path, monkeypatc
     for limit, count in [(1, 4), (200, 2)]:  # the tensors have 128, 128, 32 and 32 bytes
         sessions.clear()
         monkeypatch.setattr(onnx_runtime, "TRACE_BYTES", limit)
-        pieces = lowered.runtime.trace("main", lowered.feeds)
+        pieces = list(lowered.runtime.trace("main", lowered.feeds))
         assert len(sessions) == count
         assert [(p.name, p.module, p.op) for p in pieces] == [(w.name, w.module, w.op) for w in whole]
         assert all(np.array_equal(p.value, w.value) for p, w in zip(pieces, whole, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_large_weights_stand_beside_the_graph(tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 100)
+    torch.manual_seed(0)
+    lowered = Lowered(tmp_path / "a", nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2)), {"x": X}, precision)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["model.onnx", "model.onnx.data"]
+    lowered.check()
 
 
 @torch.library.custom_op("edgeattn_tests::strange", mutates_args=())

@@ -20,8 +20,7 @@ SAMPLES_OFF = 1
 
 def _rounded(runtime: Runtime, feeds: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Array]:
     """The outputs with every tensor inside stored in the artifact's own dtype."""
-    values = {item.name: item.value for item in runtime.trace("main", feeds)}
-    return {name: values[name] for name in outputs if name in values}
+    return {item.name: item.value for item in runtime.trace("main", feeds) if item.name in outputs}
 
 
 def _task(context: Context, runtime: Runtime) -> dict[str, Any] | None:

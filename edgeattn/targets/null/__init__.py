@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -92,5 +92,6 @@ class _NullRuntime:
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return {output.name: leaf.detach().numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
-        return [TraceValue(name, "", "output", value) for name, value in self.run(entry, feeds).items()]
+    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+        for name, value in self.run(entry, feeds).items():
+            yield TraceValue(name, "", "output", value)

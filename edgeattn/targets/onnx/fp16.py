@@ -8,7 +8,7 @@ names decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,22 +48,16 @@ class Kept:
         return asdict(self)
 
 
-def _peaks(traces: Sequence[Sequence[TraceValue]]) -> dict[str, float]:
-    """Largest finite magnitude of every tensor over all samples; attention masks of -inf are no overflow."""
-    peaks: dict[str, float] = {}
-    for trace in traces:
-        for item in trace:
-            finite = np.abs(item.value[np.isfinite(item.value)])
-            peaks[item.name] = max(peaks.get(item.name, 0.0), float(finite.max()) if finite.size else 0.0)
-    return peaks
+def _peak(value: Array) -> float:
+    """Largest finite magnitude; an attention mask of -inf is no overflow."""
+    finite = np.abs(value[np.isfinite(value)])
+    return float(finite.max()) if finite.size else 0.0
 
 
 def _constant_peak(value: ir.Value) -> float:
     if value.const_value is None or value.dtype != _SINGLE:
         return 0.0
-    array = np.abs(value.const_value.numpy())
-    array = array[np.isfinite(array)]
-    return float(array.max()) if array.size else 0.0
+    return _peak(value.const_value.numpy())
 
 
 def _sum_length(node: ir.Node) -> float:
@@ -218,7 +212,7 @@ def convert(model: ir.Model, keep: set[str]) -> None:
         del graph.initializers[name]
 
 
-def _worst_jump(single: Mapping[str, Array], half: Sequence[TraceValue], model: ir.Model) -> tuple[ir.Node, str] | None:
+def _worst_jump(single: Mapping[str, Array], half: Iterable[TraceValue], model: ir.Model) -> tuple[ir.Node, str] | None:
     """The first node whose float16 result leaves its float32 one while its inputs are still near."""
     errors: dict[str, float] = {}
     by_name = {item.name: item for item in half}
@@ -256,11 +250,13 @@ def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir
         raise ValueError("to_fp16 needs at least one sample to measure on")
     for i, node in enumerate(model.graph):
         node.name = node.name or f"node_{i}"
-    traces = [trace_model(model, feeds) for feeds in samples]
-    peaks = _peaks(traces)
-    single = {item.name: item.value for item in traces[0]} | dict(samples[0])
-    for name in samples[0]:
-        peaks[name] = max(float(np.abs(feeds[name]).max(initial=0)) for feeds in samples)
+    single: dict[str, Array] = dict(samples[0])  # every tensor of the first sample alone: they fill memory
+    peaks = {name: max(_peak(feeds[name]) for feeds in samples) for name in samples[0]}
+    for number, feeds in enumerate(samples):
+        for item in trace_model(model, feeds):
+            peaks[item.name] = max(peaks.get(item.name, 0.0), _peak(item.value))
+            if number == 0:
+                single[item.name] = item.value
     kept = {
         str(node.name): Kept(str(node.name), node.op_type, module_of(node), why)
         for node in model.graph

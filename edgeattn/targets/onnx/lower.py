@@ -19,13 +19,11 @@ from onnxscript import rewriter
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.onnx.files import save, weight_bytes
 from edgeattn.targets.onnx.fp16 import to_fp16
 
 #: The newest opset whose graphs all of our later consumers parse (TensorRT takes decomposed attention only).
 OPSET = 20
-
-#: Weights go to a second file from this many bytes on; a protobuf message cannot exceed 2 GB.
-EXTERNAL_BYTES = 1_500_000_000
 
 #: The exporter's notes on a node that stay in the file: the module path. The others hold file paths of this machine.
 _KEPT_NOTES = ("pkg.torch.onnx.name_scopes",)
@@ -53,7 +51,7 @@ def _exact_constants() -> Iterator[None]:
     Its patterns match within 1e-8: it would drop the addition of an epsilon of 1e-12, and a row of zeros would be
     divided by zero.
     """
-    rules = rewriter._DEFAULT_REWRITE_RULES
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())  # private; a test tells when it moves
     values: list[Any] = [value for rule in rules for node in rule._target_pattern for value in node.inputs]
     constants = [(value, value._rel_tol, value._abs_tol) for value in values if hasattr(value, "_abs_tol")]
     try:
@@ -154,10 +152,6 @@ def _tensors(values: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write one .onnx file for each entry into ``out``: ``model.onnx`` for ``main``.
 
@@ -176,10 +170,9 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             note["kept_in_fp32"] = [k.as_dict() for k in kept]
         _tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         file = "model.onnx" if name == "main" else f"{name}.onnx"
-        weights = _weight_bytes(model)
-        ir.save(model, out / file, external_data=f"{file}.data" if weights > EXTERNAL_BYTES else None)
+        save(model, out / file)
         entries[name] = ArtifactEntry(file, _tensors(model.graph.inputs), _tensors(model.graph.outputs))
         note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
-        note["weight_bytes"] = weights
+        note["weight_bytes"] = weight_bytes(model)
         facts["entries"][name] = note
     return Artifact(out, plan.precision, entries, facts)

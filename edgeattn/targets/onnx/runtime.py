@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +14,7 @@ import onnxruntime as ort
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.onnx import files
 
 #: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.
 TRACE_BYTES = 512_000_000
@@ -39,7 +42,17 @@ def module_of(node: ir.Node) -> str:
     return str(scopes[-2]) if len(scopes) >= 2 else ""
 
 
-def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> list[TraceValue]:
+def _session_of(model: ir.Model) -> ort.InferenceSession:
+    """An unoptimized session of a model in memory; over a file where it is too large for one message."""
+    if files.weight_bytes(model) <= files.EXTERNAL_BYTES:
+        return _session(ir.serde.serialize_model(model).SerializeToString(), optimized=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        files.save(model, path)
+        return _session(str(path), optimized=False)
+
+
+def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
     """Run ``model`` with graph optimizations off and every float tensor an output, in pieces of ``TRACE_BYTES``.
 
     Making a tensor an output forces it to be stored in its declared dtype, so that a float16 graph is computed with
@@ -65,21 +78,17 @@ def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> list[TraceValue]
             held = 0
         pieces[-1].append((value, node))
         held += size
-    values: list[TraceValue] = []
     for piece in filter(None, pieces):
         extra = [value for value, _ in piece if not any(value is output for output in original)]
         model.graph.outputs[:] = [*original, *extra]
         try:
-            session = _session(ir.serde.serialize_model(model).SerializeToString(), optimized=False)
+            session = _session_of(model)
         finally:
             model.graph.outputs[:] = original
         names = [str(value.name) for value, _ in piece]
         arrays = session.run(names, dict(feeds))
-        values += [
-            TraceValue(name, module_of(node), node.op_type, array)
-            for name, (_, node), array in zip(names, piece, arrays, strict=True)
-        ]
-    return values
+        for name, (_, node), array in zip(names, piece, arrays, strict=True):
+            yield TraceValue(name, module_of(node), node.op_type, array)
 
 
 class OnnxRuntime:
@@ -106,6 +115,6 @@ class OnnxRuntime:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> list[TraceValue]:
+    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
         """Every float tensor of the graph, in order; see ``trace_model``."""
         return trace_model(ir.load(self._path(entry)), feeds)
