@@ -141,6 +141,7 @@ class Resolved(schema.Strict):
     Attributes:
         folder: where relative factory paths are looked up.
         checkpoint, heldout: the files and the SHA-256 of their bytes.
+        unscored: why the recipe's held-out samples are not used, if they are not.
     """
 
     recipe: Recipe
@@ -149,6 +150,7 @@ class Resolved(schema.Strict):
     checkpoint_sha256: str | None = None
     heldout: str | None = None
     heldout_sha256: str | None = None
+    unscored: str | None = None
 
     @property
     def random_weights(self) -> bool:
@@ -283,13 +285,18 @@ def resolve(
             why=f"{recipe.name} has {', '.join(recipe.inputs)}",
         )
     model = recipe.model.model_copy(update={"args": {**recipe.model.args, **(args or {})}})
-    recipe = recipe.model_copy(update={"inputs": {**recipe.inputs, **given}, "model": model})
+    own = recipe.inputs
+    recipe = recipe.model_copy(update={"inputs": {**own, **given}, "model": model})
     found: dict[str, str] = {}
     if checkpoint is not None:
         found["checkpoint"], found["checkpoint_sha256"] = _file_of(Path.cwd(), str(checkpoint), "--checkpoint", "here")
     elif recipe.model.checkpoint:
         pair = _file_of(folder, recipe.model.checkpoint, "model.checkpoint", where)
         found["checkpoint"], found["checkpoint_sha256"] = pair
+    first = next(iter(given), None)
+    if recipe.heldout and first and given[first].shape[1:] != own[first].shape[1:]:
+        recipe = recipe.model_copy(update={"heldout": None})
+        found["unscored"] = f"the recipe's held-out samples are not of shape {given[first].shape[1:]}"
     if recipe.heldout:
         found["heldout"], found["heldout_sha256"] = _file_of(folder, recipe.heldout.file, "heldout.file", where)
     return Resolved(recipe=recipe, folder=str(folder), **found)

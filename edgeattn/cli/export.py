@@ -33,13 +33,14 @@ def command(args: tuple[str, ...], output: str, force: bool, **job: Any) -> None
 
     live = Live()
     try:
-        exported = export_job(make_job(**job, args=parse_args(args)), Path(output), force=force, progress=live)
+        made = make_job(**job, args=parse_args(args))
+        exported = export_job(made, Path(output), force=force, progress=live)
     finally:
         live.stop()
-    _report(exported)
+    _report(exported, made.resolved.unscored)
 
 
-def _report(exported: Exported) -> None:
+def _report(exported: Exported, unscored: str | None) -> None:
     from rich.markup import escape
 
     from edgeattn.cli._show import console, numerics_rows, size, table
@@ -73,6 +74,8 @@ def _report(exported: Exported) -> None:
             f"PyTorch {task['reference_accuracy']:.2%} ({task['reference_correct']}); "
             f"top-1 agreement {task['top1_agreement']:.2%}",
         )
+    elif unscored:
+        facts.add_row("accuracy", f"not scored: {escape(unscored)}")
     for name, entry in manifest.facts.get("entries", {}).items():
         kept = entry.get("kept_in_fp32")
         if kept is not None:

@@ -127,3 +127,14 @@ def test_inspect(edgeattn_cli: Cli, digits: Bundle) -> None:
     for words in ("model.onnx", "Conv", "logits", "onnxruntime", "358 of 360"):
         assert words in shown
     assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 1
+
+
+def test_another_input_size_is_exported_and_said_not_to_be_scored(edgeattn_cli: Cli, tmp_path: Path) -> None:
+    done = edgeattn_cli("export", "fmvit-digits", "-i", "x=2x1x64x32", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not scored" in done.stdout
+    manifest = Bundle.open(tmp_path / "fmvit-digits.onnx.fp32").manifest
+    assert manifest.task is None
+    assert manifest.entries["main"].inputs[0].shape == (2, 1, 64, 32)
+    done = edgeattn_cli("export", "fmvit-digits", "-i", "x=8x1x32x32", "-o", tmp_path / "batch")
+    assert "358 of 360" in done.stdout

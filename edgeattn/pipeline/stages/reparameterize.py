@@ -16,7 +16,7 @@ def run(context: Context) -> dict[str, Any]:
     built: Built = context.value("build")
     feeds, _ = context.golden()[0]
     inputs = tuple(torch.from_numpy(value) for value in feeds.values())
-    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed)
+    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=context.say)
     context.values["reparameterize"] = result.model
     del context.values["build"]  # the training form has done its part, and takes memory
     return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}
