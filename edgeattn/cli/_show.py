@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.status import Status
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -58,21 +57,22 @@ class Live:
 
     def __init__(self) -> None:
         self._console = console(err=True)
-        self._status: Status | None = None
-        self._stage, self._since = "", 0.0
+        self._bar: Progress | None = None
+        self._stage = ""
 
     def start(self, stage: str) -> None:
         """Show that a stage runs."""
-        self._stage, self._since = stage, time.perf_counter()
+        self._stage = stage
         if self._console.is_terminal:
-            self._status = self._console.status(f"[bold]{stage}[/bold]")
-            self._status.start()
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.add_task(f"[bold]{stage}[/bold]", total=None)
+            self._bar.start()
 
     def say(self, text: str) -> None:
         """Show what the stage is doing."""
-        if self._status:
-            waited = time.perf_counter() - self._since
-            self._status.update(f"[bold]{self._stage}[/bold] {escape(text)} [dim]{waited:.0f} s[/dim]")
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=f"[bold]{self._stage}[/bold] {escape(text)}")
 
     def done(self, stage: str, seconds: float, peak_mb: float, cached: bool) -> None:
         """Leave a line for the stage."""
@@ -82,9 +82,9 @@ class Live:
 
     def stop(self) -> None:
         """Take the spinner off."""
-        if self._status:
-            self._status.stop()
-            self._status = None
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
 
 
 def numerics_rows(numerics: dict[str, Any]) -> list[tuple[str, ...]]:

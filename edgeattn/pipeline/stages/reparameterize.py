@@ -16,7 +16,11 @@ def run(context: Context) -> dict[str, Any]:
     built: Built = context.value("build")
     feeds, _ = context.golden()[0]
     inputs = tuple(torch.from_numpy(value) for value in feeds.values())
-    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=context.say)
+
+    def say(text: str) -> None:
+        context.say(text.removeprefix("reparameterize: "))  # the stage's name is shown already
+
+    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=say)
     context.values["reparameterize"] = result.model
     del context.values["build"]  # the training form has done its part, and takes memory
     return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}
