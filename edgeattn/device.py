@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from edgeattn.core import schema
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import unknown
 
 
 class Device(schema.Strict):
@@ -55,11 +55,5 @@ def resolve(text: str) -> Device:
         return load(Path(text))
     known = schema.find("devices")
     if text not in known:
-        near = closest(text, known)
-        raise UsageError(
-            "unknown device",
-            value=text,
-            why=f"known are {', '.join(known)}",
-            fix=f"did you mean {near!r}?" if near else "edgeattn devices",
-        )
+        raise unknown("device", text, known)
     return load(known[text])

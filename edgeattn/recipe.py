@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgeattn.core import schema
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_data, sha256_file
 from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec, range_fault
 
@@ -267,20 +267,16 @@ def resolve(
     else:
         known = schema.find("recipes")
         if text not in known:
-            near = closest(text, known)
-            raise UsageError(
-                "unknown recipe",
-                value=text,
-                why=f"known are {', '.join(known)}",
-                fix=(f"did you mean {near!r}? " if near else "")
-                + "A model of your own: package.module:factory, file.py:factory, timm:NAME or a recipe's path (.toml)",
+            guests = (
+                "A model of your own: package.module:factory, file.py:factory, timm:NAME or a recipe's path (.toml)"
             )
+            raise unknown("recipe", text, known, fix=guests)
         recipe, folder, where = load(known[text]), known[text].parent, str(known[text])
-    unknown = [name for name in given if recipe.inputs and name not in recipe.inputs]
-    if unknown:
+    strangers = [name for name in given if recipe.inputs and name not in recipe.inputs]
+    if strangers:
         raise UsageError(
             "the recipe has no such input",
-            value=", ".join(unknown),
+            value=", ".join(strangers),
             where="--input",
             why=f"{recipe.name} has {', '.join(recipe.inputs)}",
         )

@@ -71,6 +71,28 @@ class UsageError(EdgeAttnError):
     exit_code = 2
 
 
+def unknown(
+    kind: str, name: str, known: Iterable[str], *, where: str | None = None, fix: str = "", like: str | None = None
+) -> UsageError:
+    """The error for a name that is none of ``known``, with the closest of them.
+
+    Args:
+        kind: what the name should have been, as in "recipe".
+        fix: added to the closest name, or standing alone where nothing is near.
+        like: the spelling to compare, where it is not that of ``name``.
+    """
+    names = list(known)
+    near = closest(name if like is None else like, names)
+    hints = [f"did you mean {near!r}?" if near else "", fix]
+    return UsageError(
+        f"unknown {kind}",
+        value=name,
+        where=where,
+        why=f"known are {', '.join(names)}",
+        fix=" ".join(hint for hint in hints if hint) or "choose one of them",
+    )
+
+
 class ToolchainMissing(EdgeAttnError):
     """Exit code 3: a toolchain that is needed is not installed; ``fix`` holds the install line."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.numerics import Array
 
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
@@ -97,14 +97,7 @@ def parse_spec(text: str) -> TensorSpec:
         )
     dtype = match["dtype"] or "float32"
     if dtype not in DTYPES:
-        near = closest(dtype, DTYPES)
-        raise UsageError(
-            "unknown dtype of an input",
-            value=dtype,
-            where=f"--input {text}",
-            why=f"known are {', '.join(DTYPES)}",
-            fix=f"did you mean {near}?" if near else None,
-        )
+        raise unknown("dtype of an input", dtype, DTYPES, where=f"--input {text}")
     shape = () if match["shape"] == "scalar" else tuple(int(n) for n in match["shape"].split("x"))
     if 0 in shape:
         raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.models.layers.conv import RESIDUAL_GAIN, ConvBN, MultiBranchConv2d, gmlp
 from edgeattn.models.layers.drop import DropPath
 from edgeattn.models.layers.rlmhsa import RLMHSA
@@ -325,13 +325,7 @@ def fmvit(variant: str, num_classes: int = 1000, in_channels: int = 3, features:
         UsageError: an unknown variant, or a count below 1.
     """
     if variant not in VARIANTS:
-        near = closest(variant.lower().removeprefix("fmvit").strip("-_ ")[:1], VARIANTS)
-        raise UsageError(
-            "unknown FMViT variant",
-            value=variant,
-            why=f"there are {', '.join(VARIANTS)}",
-            fix=f"did you mean {near!r}?" if near else "choose one of them",
-        )
+        raise unknown("FMViT variant", variant, VARIANTS, like=variant.lower().removeprefix("fmvit").strip("-_ ")[:1])
     return FMViT(replace(VARIANTS[variant], num_classes=num_classes, in_channels=in_channels), features)
 
 

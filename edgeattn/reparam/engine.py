@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, softmax_scale
 from edgeattn.reparam.block import Block, NotRunnable, Refused, Rule, Site, map_tensors
 from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
@@ -211,11 +211,5 @@ def _rule(rule: Rule | str) -> Rule:
         return rule
     known = {known.name: known for known in RULES}
     if rule not in known:
-        near = closest(rule, known)
-        raise UsageError(
-            "unknown reparameterization rule",
-            value=rule,
-            why=f"there are {', '.join(known)}",
-            fix=f"did you mean {near!r}?" if near else "choose one of them",
-        )
+        raise unknown("reparameterization rule", rule, known)
     return known[rule]

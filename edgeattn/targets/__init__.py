@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.errors import unknown
 from edgeattn.targets.base import Target
 
 GROUP = "edgeattn.targets"
@@ -27,12 +27,6 @@ def get(name: str) -> Target:
     """
     points = _points()
     if name not in points:
-        near = closest(name, points)
-        raise UsageError(
-            "unknown target",
-            value=name,
-            why=f"known are {', '.join(points)}",
-            fix=f"did you mean {near!r}?" if near else "edgeattn targets",
-        )
+        raise unknown("target", name, points)
     target: Target = points[name].load()()
     return target

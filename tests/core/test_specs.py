@@ -53,7 +53,7 @@ def test_any_text_is_a_spec_or_a_usage_error_that_shows_it(text):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("x=4:flaot32", "did you mean float32?"),
+        ("x=4:flaot32", "did you mean 'float32'?"),
         ("x=1x0x3", "1x0x3"),
         ("x=4:float32:2..1", "low is above high"),
         ("x=4:uint8:0..256", "uint8 holds 0..255"),
