@@ -94,6 +94,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
 
 
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a forward's result, flattened in order; numbers and None among them are no outputs."""
+    return tuple(leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
+
+
+def own_copies(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Inputs for one forward, which may change them in place."""
+    return tuple(value.clone() for value in inputs.values())
+
+
 def name_outputs(result: Any, wanted: tuple[str, ...], taken: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors of a forward's result, flattened in order, under the recipe's names.
 
@@ -103,7 +113,7 @@ def name_outputs(result: Any, wanted: tuple[str, ...], taken: Collection[str] = 
     Raises:
         UsageError: another number of outputs than names, or no tensor at all.
     """
-    leaves = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    leaves = tensors_of(result)
     if not leaves:
         raise UsageError("the model returns no tensor", value=type(result).__name__, fix="return tensors")
     if wanted and len(wanted) != len(leaves):
@@ -115,7 +125,7 @@ def name_outputs(result: Any, wanted: tuple[str, ...], taken: Collection[str] = 
         )
     if wanted:
         names = list(wanted)
-    elif isinstance(result, Mapping) and len(result) == len(leaves):
+    elif isinstance(result, Mapping) and len(result) == len(leaves) and all(map(str, result)):
         names = [f"output_{key}" if str(key) in taken else str(key) for key in result]
     else:
         names = ["output"] if len(leaves) == 1 else [f"output_{i}" for i in range(len(leaves))]
@@ -130,13 +140,13 @@ def run_eager(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str
     """
     try:
         with torch.no_grad():
-            return name_outputs(model(*inputs.values()), outputs, inputs)
+            return name_outputs(model(*own_copies(inputs)), outputs, inputs)
     except EdgeAttnError:
         raise
     except Exception as error:
         path = ModulePath()
         with contextlib.suppress(Exception), torch.no_grad(), path.follow(model):
-            model(*inputs.values())  # once more, to learn where
+            model(*own_copies(inputs))  # once more, to learn where
         shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in inputs.items())
         raise UsageError(
             "the model cannot run on these inputs",
@@ -163,10 +173,12 @@ def capture(
         ConversionFailed: the graph cannot be captured; names the module whose code stands in the way.
     """
     path = ModulePath()
+    # The graph returns the tensors alone, whatever containers, numbers or named tuples the model puts them in.
+    flatten = model.register_forward_hook(lambda module, args, result: tensors_of(result))
     try:
         with torch.no_grad(), warnings.catch_warnings(), path.follow(model):
             warnings.simplefilter("ignore")
-            graph = exporter(model, tuple(inputs.values()))
+            graph = exporter(model, own_copies(inputs))
     except EdgeAttnError:
         raise
     except Exception as error:
@@ -177,6 +189,8 @@ def capture(
             fix="its forward must not branch on values of tensors; see torch.export's notes on torch.cond",
             details=_user_frames(error),
         ) from error
+    finally:
+        flatten.remove()
     return Program({"main": Entry(graph, tuple(inputs), outputs)})
 
 

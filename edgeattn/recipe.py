@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_data, sha256_file
-from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec, range_fault
+from edgeattn.core.specs import DTYPES, LARGEST, TensorSpec, parse_spec, range_fault
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -32,7 +33,7 @@ class ModelSpec(schema.Strict):
 
     factory: str
     args: dict[str, Any] = Field(default_factory=dict)
-    checkpoint: str | None = None
+    checkpoint: str | None = Field(default=None, min_length=1)
 
     @field_validator("factory")
     @classmethod
@@ -55,6 +56,8 @@ class InputSpec(schema.Strict):
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(n < 1 for n in value):
             raise ValueError("every dimension must be at least 1")
+        if math.prod(value) > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} elements")
         return value
 
     @field_validator("dtype")
@@ -104,7 +107,7 @@ class Recipe(schema.Strict):
     model: ModelSpec
     inputs: dict[str, InputSpec] = Field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     preprocess: Preprocess | None = None
     heldout: Heldout | None = None
 
@@ -113,6 +116,13 @@ class Recipe(schema.Strict):
     def _file_name(cls, value: str) -> str:
         if not _NAME.fullmatch(value):
             raise ValueError("may hold letters, digits, '.', '_' and '-' only, for it names files")
+        return value
+
+    @field_validator("inputs")
+    @classmethod
+    def _named(cls, value: dict[str, InputSpec]) -> dict[str, InputSpec]:
+        if not all(value):
+            raise ValueError("every input needs a name")
         return value
 
     @model_validator(mode="after")
@@ -124,7 +134,7 @@ class Recipe(schema.Strict):
     @field_validator("outputs")
     @classmethod
     def _distinct(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
+        if len(set(value)) != len(value) or not all(value):
             raise ValueError("every output needs a name of its own")
         if taken := set(value) & set(info.data.get("inputs", ())):
             raise ValueError(f"{', '.join(sorted(taken))} is the name of an input already")
@@ -258,6 +268,9 @@ def resolve(
         UsageError: nothing of that name (with the closest), an invalid recipe, or a file that is missing.
     """
     specs = [parse_spec(item) if isinstance(item, str) else item for item in inputs]
+    twice = sorted({s.name for s in specs if [other.name for other in specs].count(s.name) > 1})
+    if twice:
+        raise UsageError("an input is given twice", value=", ".join(twice), where="--input", fix="give each once")
     given = {s.name: InputSpec(shape=s.shape, dtype=s.dtype, low=s.low, high=s.high) for s in specs}
     folder, where = Path.cwd(), "the command line"
     if text.endswith(".toml"):

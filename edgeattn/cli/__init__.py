@@ -66,3 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a folder that vanished or cannot be read, wherever it is first met
+        from edgeattn.cli._show import show_error
+        from edgeattn.core.errors import UsageError
+
+        refused = UsageError("the system refused a file", value=error.filename, why=error.strerror or str(error))
+        show_error(refused.with_traceback(error.__traceback__), debug)
+        sys.exit(refused.exit_code)

@@ -11,6 +11,9 @@ import numpy as np
 from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.numerics import Array
 
+#: Most elements of an input: 4 GB in float32.
+LARGEST = 1 << 30
+
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
 
 _FORM = re.compile(
@@ -101,6 +104,13 @@ def parse_spec(text: str) -> TensorSpec:
     shape = () if match["shape"] == "scalar" else tuple(int(n) for n in match["shape"].split("x"))
     if 0 in shape:
         raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")
+    if math.prod(shape) > LARGEST:
+        raise UsageError(
+            "an input is too large",
+            value=match["shape"],
+            where=f"--input {text}",
+            why=f"more than {LARGEST:,} elements",
+        )
     ends = [match[k] for k in ("low", "high") if match[k]]
     if not all(_NUMBER.fullmatch(end) for end in ends):
         raise UsageError(

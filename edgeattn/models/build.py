@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -65,22 +67,38 @@ def import_timm() -> ModuleType:
 _KEPT: list[Any] = []
 
 
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Let a guest's code import its neighbours first; afterwards they come last, so that they shadow no library."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:  # a guest may have tidied up itself
+            sys.path.remove(str(folder))
+        sys.path.append(str(folder))
+
+
+def _folder_of(resolved: Resolved, source: str) -> Path | None:
+    """Where a guest's own modules are; None for a first citizen."""
+    if source.partition(".")[0] in ("edgeattn", "timm"):
+        return None
+    return Path(resolved.folder, source).parent if source.endswith(".py") else Path(resolved.folder)
+
+
 def _module(source: str) -> ModuleType:
-    """Import ``source``: a path to a .py file or a dotted name, the working folder included."""
-    if source.endswith(".py"):
-        path = Path(source)
-        spec = importlib.util.spec_from_file_location(f"edgeattn_guest_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise UsageError("a model file cannot be imported", value=source)
-        sys.path.insert(0, str(path.parent))
-        module = importlib.util.module_from_spec(spec)
-        # Registered, so that dataclasses and torch.export find the module by its name.
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(source)
+    """Import ``source``: a path to a .py file or a dotted name."""
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = Path(source)
+    spec = importlib.util.spec_from_file_location(f"edgeattn_guest_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError("a model file cannot be imported", value=source)
+    module = importlib.util.module_from_spec(spec)
+    # Registered, so that dataclasses and torch.export find the module by its name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _theirs(file: str) -> bool:
@@ -139,7 +157,7 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
             why="it is neither installed nor in this folder",
             fix="install it, run from the folder that holds it, or give a path: path/to/file.py:factory",
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _guest_error("the model's module cannot be imported", recipe.model.factory, error) from error
     if target is None:
         near = closest(attribute, vars(module))
@@ -155,7 +173,7 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
         model = target(**recipe.model.args)
     except EdgeAttnError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _guest_error("the model's factory failed", recipe.model.factory, error) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -178,8 +196,10 @@ def build(resolved: Resolved) -> Built:
             does not fit. ToolchainMissing: timm is needed and not installed.
     """
     torch.manual_seed(resolved.recipe.seed)
-    model, specs = _call(resolved)
-    model = model.eval()
+    folder = _folder_of(resolved, resolved.recipe.model.factory.partition(":")[0])
+    with _own_folder(folder) if folder else contextlib.nullcontext():
+        model, specs = _call(resolved)
+    model.eval()  # a statement of its own: a guest's may return nothing
     built = Built(model, specs)
     if resolved.checkpoint is not None:
         load_state(model, read_state(Path(resolved.checkpoint)), resolved.checkpoint)

@@ -114,27 +114,42 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return _bare(state)
 
 
+def _kind(value: Tensor) -> str:
+    layout = "" if value.layout == torch.strided else f", {str(value.layout).removeprefix('torch.')}"
+    return str(value.dtype).removeprefix("torch.") + layout + (", without data" if value.is_meta else "")
+
+
+def _same_kind(own: Tensor, given: Tensor) -> bool:
+    """Whether ``given`` can be copied into ``own`` with no more than a float's rounding."""
+    dense = given.layout == torch.strided and not given.is_meta
+    return dense and (given.dtype == own.dtype or (given.is_floating_point() and own.is_floating_point()))
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put ``state`` into ``model``; names and shapes must match exactly.
 
     Raises:
-        UsageError: lists every missing, extra and mis-shaped tensor (with the nearest name); the model is untouched.
+        UsageError: lists every missing, extra and mis-shaped tensor (with the nearest name), and those of another
+            kind, such as integers for floats; the model is untouched.
     """
     own = model.state_dict()
     # Step counters of batch norm do not reach the numbers; files written before PyTorch 0.4.1 lack them.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or extra or shapes:
+    kinds = [k for k in own if k in state and not _same_kind(own[k], state[k])]
+    if missing or extra or shapes or kinds:
         lines = [f"missing: {k} {tuple(own[k].shape)}" for k in missing]
         for key in extra:
             near = closest(key, missing)
             lines.append(f"extra: {key} {tuple(state[key].shape)}" + (f" (is it {near}?)" if near else ""))
         lines += [f"shape: {k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}" for k in shapes]
+        lines += [f"dtype: {k} is {_kind(state[k])}, the model has {_kind(own[k])}" for k in kinds]
         raise UsageError(
             "the checkpoint does not fit the model",
             where=source,
-            why=f"{len(missing)} missing, {len(extra)} extra, {len(shapes)} of another shape",
+            why=f"{len(missing)} missing, {len(extra)} extra, {len(shapes)} of another shape, {len(kinds)} of "
+            "another kind",
             fix="use the factory and arguments that the checkpoint was trained with",
             details=lines,
         )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeattn.core.errors import UsageError
 from edgeattn.core.files import move_into, remove, scratch_folder, write_whole
 from edgeattn.core.hashing import sha256_file
 
@@ -46,6 +47,24 @@ class Cache:
         named = os.environ.get("EDGEATTN_CACHE")
         base = os.environ.get("XDG_CACHE_HOME")
         return cls(Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "edgeattn")
+
+    def prepare(self) -> None:
+        """Make the cache's folder.
+
+        Raises:
+            UsageError: it cannot be made or written.
+        """
+        try:
+            for name in ("objects", "scratch", "sources", "logs"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            self.discard(self.scratch())
+        except OSError as error:
+            raise UsageError(
+                "the cache folder cannot be written",
+                value=self.root,
+                why=f"{error.strerror}: {error.filename}",
+                fix="set EDGEATTN_CACHE to a folder that can",
+            ) from error
 
     def _folder(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / key
@@ -92,10 +111,12 @@ class Cache:
     def sources(self, key: str) -> dict[str, Any] | None:
         """What ``put_sources`` noted for ``key``, or None."""
         try:
-            data: dict[str, Any] = json.loads((self.root / "sources" / f"{key}.json").read_text(encoding="utf-8"))
+            data = json.loads((self.root / "sources" / f"{key}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return data if {"files", "distributions"} <= set(data) else None
+        lists = [data.get(name) for name in ("files", "distributions")] if isinstance(data, dict) else [None]
+        texts = all(isinstance(found, list) and all(isinstance(text, str) for text in found) for found in lists)
+        return data if texts else None
 
     def put_sources(self, key: str, data: Mapping[str, Any]) -> None:
         """Note which files and distributions a model was built from."""

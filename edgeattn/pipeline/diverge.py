@@ -29,7 +29,7 @@ def module_outputs(model: object, feeds: dict[str, Array]) -> dict[str, Array]:
     ]
     try:
         with torch.no_grad():
-            model(*(torch.from_numpy(value) for value in feeds.values()))
+            model(*(torch.from_numpy(value.copy()) for value in feeds.values()))
     finally:
         for handle in handles:
             handle.remove()

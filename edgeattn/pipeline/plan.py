@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ def sources_key(job: Job) -> str:
     return sha256_data(STAGES[0].config(job) | {"folder": job.resolved.folder})
 
 
+def _content(path: Path) -> str | None:
+    """Digest of a file's bytes, or of the names in a folder; None if it is gone."""
+    try:
+        return sha256_data(sorted(os.listdir(path))) if path.is_dir() else sha256_file(path)
+    except OSError:
+        return None
+
+
 def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
     """Digests of the files and versions of the distributions that the model was built from last time.
 
@@ -49,7 +58,7 @@ def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
     if noted is None:
         return None
     return {
-        "files": {name: sha256_file(Path(name)) if Path(name).is_file() else None for name in noted["files"]},
+        "files": {name: _content(Path(name)) for name in noted["files"]},
         "distributions": {name: tools.version(name) for name in noted["distributions"]},
     }
 

@@ -62,6 +62,7 @@ def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -
         EdgeAttnError: what a stage raised; the results of the stages before stay cached.
     """
     begun = time.perf_counter()
+    cache.prepare()
     records: dict[str, Record] = {}
     fresh: list[str] = []
     with Supervisor(cache.root / "logs") as supervisor:

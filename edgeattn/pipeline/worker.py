@@ -54,11 +54,20 @@ def _give_back_memory() -> None:
 
 
 def _requests() -> queue.Queue[dict[str, Any]]:
-    """Requests as they come; when the parent is gone its end of the pipe closes, and this process ends at once."""
+    """Requests as they come; when the parent is gone its end of the pipe closes, and this process ends at once.
+
+    Whatever else runs here finds an empty standard input: a model that asks a question must not take a request for
+    the answer.
+    """
     waiting: queue.Queue[dict[str, Any]] = queue.Queue()
+    pipe = os.fdopen(os.dup(0), encoding="utf-8")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (for the life of the process)
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in pipe:
             waiting.put(json.loads(line))
         os._exit(0)
 

@@ -7,14 +7,18 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from edgeattn.bundle import Bundle
 from edgeattn.core.schema import folders
+from edgeattn.pipeline.export import make_job
+from edgeattn.pipeline.plan import sources_key
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SHIPPED = folders("recipes")[-1]
@@ -88,6 +92,8 @@ def nothing_written(folder: Path) -> None:
         (["export", "fmvit-t", "-i", "x=3x"], 2, ["NAME=SHAPE"]),
         (["export", "fmvit-t", "-i", "x=1x3x64x64:flaot32"], 2, ["float32"]),
         (["export", "fmvit-t", "-i", "image=1x3x64x64"], 2, ["no such input", "fmvit-t has x"]),
+        (["export", "fmvit-t", "-i", "x=1x3x64x64", "-i", "x=1x3x32x32"], 2, ["given twice"]),
+        (["export", "fmvit-t", "-i", "x=1x3x99999999x99999999"], 2, ["too large"]),
         (["export", "fmvit-t", "--arg", "variant=q"], 2, ["variant"]),
         (["export", "fmvit-t", "--arg", "variant"], 2, ["NAME=VALUE"]),
         (["export", "fmvit-t", "--precision", "fp61"], 2, ["precision", "fp32, fp16"]),
@@ -233,6 +239,62 @@ def test_a_missing_toolchain_is_exit_3_with_the_line(folder: Path, edgeattn_cli:
     doctor = edgeattn_cli("doctor", PYTHONPATH=str(folder))
     assert doctor.returncode == 0
     assert "pip install onnxruntime" in doctor.stdout
+
+
+@pytest.mark.parametrize(
+    "content", ["truncated", "labels", "nan", "too many classes", "a bare array"], ids=lambda c: c.replace(" ", "-")
+)
+def test_held_out_samples_that_cannot_be_used(folder: Path, edgeattn_cli: Cli, content: str) -> None:
+    file = folder / "recipes" / "data" / "digits-heldout.npz"
+    with np.load(file) as data:
+        x, y = data["x"], data["y"]
+    if content == "truncated":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif content == "a bare array":
+        with file.open("wb") as handle:
+            np.save(handle, x)
+    else:
+        given = {"labels": (x, y.astype(str)), "nan": (x * np.float32("nan"), y), "too many classes": (x, y + 5)}[
+            content
+        ]
+        np.savez(file, x=given[0], y=given[1])
+    done = edgeattn_cli("export", folder / "recipes" / "fmvit-digits.toml", "-o", folder / "out")
+    refused(done, 2, "the held-out samples")
+    nothing_written(folder)
+
+
+def test_a_cache_that_cannot_be_used(folder: Path, edgeattn_cli: Cli) -> None:
+    (folder / "file").write_text("")
+    for place in ("/proc/nowhere", str(folder / "file")):
+        done = edgeattn_cli("export", "fmvit-digits", "-o", folder / "out", EDGEATTN_CACHE=place)
+        refused(done, 2, "cache folder cannot be written", "EDGEATTN_CACHE")
+        assert edgeattn_cli("plan", "fmvit-digits", EDGEATTN_CACHE=place).returncode == 0
+    for text in ("5", '{"files": 3, "distributions": null}', "{"):
+        cache = folder / "cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        (cache / "sources").mkdir(parents=True)
+        key = sources_key(make_job("fmvit-digits"))
+        (cache / "sources" / f"{key}.json").write_text(text)
+        assert edgeattn_cli("plan", "fmvit-digits", EDGEATTN_CACHE=str(cache)).returncode == 0
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    command = f"mkdir {gone} && cd {gone} && rmdir {gone} && {sys.executable} -c "
+    code = "from edgeattn.cli import main; main(['export', 'guest.py:f', '-i', 'x=1x4'])"
+    done = subprocess.run(["bash", "-c", f'{command} "{code}"'], capture_output=True, text=True)
+    refused(done, 2)
+
+
+def test_weights_of_another_kind_are_refused(folder: Path, edgeattn_cli: Cli) -> None:
+    import torch
+
+    state = load_file(CHECKPOINT)
+    name = next(name for name in state if name.endswith("conv.weight"))
+    for odd in (state[name].to(torch.int8), state[name].to(torch.complex64), state[name].to_sparse()):
+        torch.save({**state, name: odd}, folder / "odd.pth")
+        done = edgeattn_cli("export", "fmvit-digits", "-c", folder / "odd.pth", "-o", folder / "out")
+        refused(done, 2, "1 of another kind", f"dtype: {name}")
 
 
 def test_debug_shows_where_it_was_raised(folder: Path, edgeattn_cli: Cli) -> None:

@@ -17,6 +17,7 @@ import edgeattn
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES
+from edgeattn.core.specs import TensorSpec
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.export import export_job, make_job
 
@@ -166,6 +167,106 @@ def test_a_guest_is_served_and_its_sources_count(tmp_path: Path) -> None:
     assert len(export_job(job, tmp_path / "again").run.fresh) == 0
     (tmp_path / "helper.py").write_text("FACTOR = 2\n")
     assert "build" in export_job(job, tmp_path / "touched").run.fresh
+
+
+@pytest.mark.parametrize("how", ["safetensors", "import in forward", "file in forward", "folder"])
+def test_what_a_guest_reads_counts_as_its_source(tmp_path: Path, how: str) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "parts").mkdir()
+    reads = {
+        "safetensors": ("load_file(HERE / 'parts' / 'w.safetensors')['w']", "1.0"),
+        "import in forward": ("1.0", "__import__('late').GAIN"),
+        "file in forward": ("1.0", "float((HERE / 'parts' / 'gain.txt').read_text())"),
+        "folder": ("float(len(list((HERE / 'parts').glob('*.txt'))))", "1.0"),
+    }
+    build, forward = reads[how]
+    (tmp_path / "net.py").write_text(
+        "from pathlib import Path\nimport torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
+        "HERE = Path(__file__).parent\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.l = nn.Linear(4, 2)\n"
+        f"        self.register_buffer('g', torch.as_tensor({build}))\n"
+        f"    def forward(self, x):\n        return self.l(x) * self.g * {forward}\n"
+    )
+
+    def write(gain: float) -> None:
+        import torch
+
+        save_file({"w": torch.tensor(gain)}, tmp_path / "parts" / "w.safetensors")
+        (tmp_path / "late.py").write_text(f"GAIN = {gain}\n")
+        (tmp_path / "parts" / "gain.txt").write_text(str(gain))
+
+    write(2.0)
+    job = make_job(f"{tmp_path}/net.py:Net", inputs=["x=1x4"])
+    export_job(job, tmp_path / "a")
+    assert export_job(job, tmp_path / "b").run.fresh == ()
+    write(3.0)
+    (tmp_path / "parts" / "new.txt").touch()
+    assert "build" in export_job(job, tmp_path / "c").run.fresh
+
+
+GUESTS = """
+import torch
+from torch import nn
+class Inplace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 8)
+    def forward(self, x):
+        return self.l(x.sub_(0.5).mul_(2))
+class Top(Inplace):
+    def forward(self, x):
+        return self.l(x).topk(3)
+class Mixed(Inplace):
+    def forward(self, x):
+        return {"y": self.l(x), "scale": 3.0, "none": None}
+class Noisy(Inplace):
+    def forward(self, x):
+        return nn.functional.dropout(self.l(x))
+class Half(Inplace):
+    def forward(self, x):
+        return self.l(x).bfloat16()
+def asks():
+    return nn.Linear(int(input()), 2)
+def leaves():
+    raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("Inplace", 1), ("Top", 2), ("Mixed", 1)])
+def test_unusual_guests_hold(tmp_path: Path, name: str, outputs: int) -> None:
+    (tmp_path / "guests.py").write_text(GUESTS)
+    bundle = edgeattn.export(f"{tmp_path}/guests.py:{name}", inputs=["x=2x4"], output=tmp_path)
+    assert len(bundle.manifest.entries["main"].outputs) == outputs
+    *_, feeds, _ = next(bundle.golden())
+    spec = TensorSpec("x", (2, 4))
+    assert any(np.array_equal(feeds["x"], spec.random(seed)) for seed in range(2000))  # as drawn, not as changed
+    bundle.verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("Noisy", CheckFailed, "not deterministic"),
+        ("Half", ConversionFailed, "kind that no target takes"),
+        ("asks", UsageError, "factory failed"),
+        ("leaves", UsageError, "factory failed"),
+    ],
+)
+def test_unusual_guests_are_refused(tmp_path: Path, name: str, kind: type[Exception], words: str) -> None:
+    (tmp_path / "guests.py").write_text(GUESTS)
+    with pytest.raises(kind, match=words):
+        edgeattn.export(f"{tmp_path}/guests.py:{name}", inputs=["x=2x4"], output=tmp_path)
+
+
+def test_files_beside_a_guest_shadow_no_library(tmp_path: Path) -> None:
+    (tmp_path / "guests.py").write_text(GUESTS)
+    for name in ("profile", "onnxscript", "timeit"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('shadowed')\n")
+    edgeattn.export(f"{tmp_path}/guests.py:Top", inputs=["x=2x4"], output=tmp_path)
 
 
 def test_a_guests_checkpoint(tmp_path: Path) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
+import os
 import site
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
 
 from edgeattn.models.build import build
 from edgeattn.pipeline.context import Context
@@ -19,16 +25,31 @@ _WATCHING = False
 
 
 def _watch() -> None:
-    """Note every file that is opened from now on. An audit hook cannot be taken off, so it is put on once."""
+    """Note every file that is opened and every folder that is listed from now on.
+
+    An audit hook cannot be taken off, so it is put on once. safetensors opens its files outside of Python's sight.
+    """
     global _WATCHING
-    if not _WATCHING:
+    if _WATCHING:
+        return
+    _WATCHING = True
 
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "open" and isinstance(arguments[0], str):
-                _OPENED.add(arguments[0])
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.listdir", "os.scandir") or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        # The import system lists folders too, among them the one that bundles are written to.
+        if event == "open" or not sys._getframe(1).f_code.co_filename.startswith("<frozen importlib"):
+            _OPENED.add(os.path.abspath(arguments[0]))
 
-        sys.addaudithook(hook)
-        _WATCHING = True
+    sys.addaudithook(hook)
+    real = safetensors.safe_open
+
+    def noted(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        _OPENED.add(os.path.abspath(filename))
+        return real(filename, *args, **kwargs)
+
+    for module in (safetensors, safetensors.torch):
+        vars(module)["safe_open"] = noted
 
 
 def _libraries() -> list[Path]:
@@ -40,13 +61,13 @@ def _libraries() -> list[Path]:
 
 
 def _read_files(own: set[str]) -> list[str]:
-    """Source files of loaded modules and files opened by the factory, as far as they are the model's own."""
+    """Source files of loaded modules, and files opened and folders listed by the model, as far as they are its own."""
     libraries = _libraries()
     loaded = {str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
     found = set()
     for name in loaded | _OPENED:
         path = Path(name)
-        if not name or not path.is_file() or path.suffix == ".pyc":
+        if not name or not path.exists() or path.suffix == ".pyc":
             continue
         path = path.resolve()
         if path.is_relative_to(PACKAGE):
@@ -91,6 +112,9 @@ def run(context: Context) -> dict[str, Any]:
     resolved = context.job.resolved
     built = build(resolved)
     context.values["build"] = built
+    # A model may import modules and read files when it runs. What it raises here the next stage reports.
+    with contextlib.suppress(Exception), torch.no_grad():
+        built.model(*built.random_inputs(resolved.recipe.seed).values())
     files = _read_files({str(Path(p).resolve()) for p in (resolved.checkpoint, resolved.heldout) if p})
     return {
         "parameters": sum(p.numel() for p in built.model.parameters()),

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeattn.capture import run_eager
-from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.capture import own_copies, run_eager
+from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
@@ -28,17 +28,17 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
     """Preprocessed inputs (N, ...) as float32, and labels (N,).
 
     Raises:
-        UsageError: the file is not a .npz with x and y, or its samples do not fit the input's shape.
+        UsageError: the file is not a .npz with numbers x and class numbers y, or they do not fit the input's shape.
     """
     path = Path(str(resolved.heldout))
     try:
         with np.load(path, allow_pickle=False) as data:
             x, y = data["x"], data["y"]
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged archive makes NumPy raise
         raise UsageError(
             "the held-out samples cannot be read",
             value=path,
-            why=str(error),
+            why=f"{type(error).__name__}: {error}",
             fix="a .npz file with x (N, ...) and y (N,)",
         ) from error
     if x.shape[1:] != shape[1:] or y.shape != x.shape[:1] or not len(x):
@@ -48,6 +48,14 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
             where=str(path),
             why=f"the input takes samples of {shape[1:]}",
         )
+    real = x.dtype.kind in "fiub" and (x.dtype.kind != "f" or bool(np.isfinite(x).all()))
+    if not real or y.dtype.kind not in "iu" or int(y.min()) < 0:
+        raise UsageError(
+            "the held-out samples are not what they should be",
+            value=f"x {x.dtype}, y {y.dtype}",
+            where=str(path),
+            why="x must hold finite real numbers, y class numbers from 0",
+        )
     pre = resolved.recipe.preprocess
     values = x.astype(np.float32)
     if pre is not None:
@@ -55,6 +63,25 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
         mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (pre.mean, pre.std))
         values = (values * np.float32(pre.scale) - mean) / std
     return values, y
+
+
+def check_logits(logits: Array, labels: Array) -> None:
+    """The first output can be scored: finite logits (N, C) with a class for every label.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    fits = logits.dtype.kind == "f" and logits.ndim == 2 and logits.shape[0] >= len(labels)
+    if not fits or int(labels.max()) >= logits.shape[1]:
+        raise UsageError(
+            "the held-out samples cannot be scored",
+            value=f"first output {logits.shape} {logits.dtype}, labels up to {labels.max()}",
+            where="heldout",
+            why="top-1 accuracy needs logits (N, C), and class numbers below C",
+            fix="take [heldout] out of the recipe, or make the logits the first output",
+        )
+    if not np.isfinite(logits).all():
+        raise CheckFailed("the model's own output is not finite", where="held-out samples", fix="check the checkpoint")
 
 
 def batches(x: Array, size: int) -> Iterator[Array]:
@@ -81,11 +108,34 @@ def _first_nonfinite(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     ]
     try:
         with torch.no_grad():
-            model(*inputs.values())
+            model(*own_copies(inputs))
     finally:
         for handle in handles:
             handle.remove()
     return found[0] if found else "(model)"
+
+
+def _plain(outputs: dict[str, Tensor]) -> None:
+    for name, value in outputs.items():
+        if value.dtype == torch.bfloat16 or value.is_complex() or value.layout != torch.strided:
+            raise ConversionFailed(
+                "an output is of a kind that no target takes",
+                value=f"{name}: {value.dtype}",
+                fix="return float32: call .float() or .real on it in the model",
+            )
+
+
+def _repeats(model: nn.Module, inputs: dict[str, Tensor], outputs: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    """A second run gives the same numbers; without that nothing can be compared."""
+    again = run_eager(model, inputs, names)
+    for name, value in outputs.items():
+        if value.is_floating_point() and not torch.allclose(value, again[name], rtol=1e-4, atol=1e-6):
+            raise CheckFailed(
+                "the model is not deterministic",
+                value=name,
+                why="two runs on the same input differ, although it is in eval mode",
+                fix="look for dropout or random numbers that do not heed self.training",
+            )
 
 
 def _finite(model: nn.Module, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
@@ -135,13 +185,18 @@ def run(context: Context) -> dict[str, Any]:
     outputs: dict[str, Tensor] = {}
     for i, feed in enumerate(feeds):
         outputs = run_eager(built.model, feed, names)
+        _plain(outputs)
         _finite(built.model, feed, outputs)
+        if i == 0:
+            _repeats(built.model, feed, outputs, names)
         arrays = {f"in.{k}": v.numpy() for k, v in feed.items()} | {f"out.{k}": v.numpy() for k, v in outputs.items()}
         np.savez(golden / f"main-{i:03}.npz", **arrays)  # type: ignore[arg-type]
     facts["outputs"] = list(outputs)
     if resolved.heldout:
         context.say(f"reference on {len(x)} held-out samples")
-        logits = _heldout_logits(built, x, names)[: len(y)]
+        logits = _heldout_logits(built, x, names)
+        check_logits(logits, y)
+        logits = logits[: len(y)]
         np.savez(context.out / "heldout.npz", x=x, y=y, logits=logits)
         facts["heldout"] = {"samples": len(y), "correct": int((logits.argmax(-1) == y).sum())}
     return facts
