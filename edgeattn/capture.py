@@ -21,7 +21,7 @@ class Entry:
     """One named graph of a program.
 
     Attributes:
-        graph: the exported program.
+        graph: the exported program; it returns a flat tuple of tensors.
         inputs, outputs: names, in the order of the graph.
     """
 

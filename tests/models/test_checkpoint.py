@@ -168,7 +168,7 @@ def test_every_mismatch_is_listed_and_the_model_is_untouched():
     with pytest.raises(UsageError) as caught:
         load_state(model, state, "w.pth")
     assert caught.value.where == "w.pth"
-    assert caught.value.why == "1 missing, 2 extra, 2 of another shape"
+    assert caught.value.why == "1 missing, 2 extra, 2 of another shape, 0 of another kind"
     assert sorted(caught.value.details) == [
         "extra: 2.wieght (2, 4) (is it 2.weight?)",
         "extra: head.zzzzzzzz (7,)",
