@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.reparam.proof import NotFused
-from edgeattn.reparam.trace import Inputs, Record, trace
+from edgeattn.reparam.trace import Call, Inputs, Record, trace
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -104,17 +104,30 @@ class Site:
             found.setdefault(parameter.untyped_storage().data_ptr(), []).append(path)
         return found
 
-    def exchange(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-        """Put new modules in the place of old ones, wherever these are registered."""
+    def exchange(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Callable[[], None]:
+        """Put new modules in the place of old ones, wherever these are registered; returns what undoes it."""
         new = dict(pairs)
         for module in new.values():
             for part in module.modules():
                 part.training = False
+        replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
                 if child in new:
+                    replaced.append((parent, name, child))
                     parent._modules[name] = new[child]
-        self.model = new.get(self.model, self.model)
+        model = self.model
+        self._become(new.get(model, model))
+
+        def undo() -> None:
+            for parent, name, child in replaced:
+                parent._modules[name] = child
+            self._become(model)
+
+        return undo
+
+    def _become(self, model: nn.Module) -> None:
+        self.model = model
         for name in ("record", "paths", "owners"):
             self.__dict__.pop(name, None)
 
@@ -135,10 +148,16 @@ class Site:
             owners = self.owners[parameter.untyped_storage().data_ptr()]
             if len(owners) > 1:
                 raise Refused(f"the {name} of {path} is shared: {', '.join(owners)}")
+        self.alone(module, [call])
+
+    def alone(self, module: nn.Module, calls: Sequence[Call]) -> None:
+        """Refuse if a parameter of the module itself is read outside these calls."""
+        for name, parameter in module.named_parameters(recurse=False):
             value = self.record.constant(parameter)
             readers = [] if value is None else self.record.readers(value)
-            if any(op.call is None or not op.call.within(call) for op in readers):
-                raise Refused(f"the {name} of {path} is also read outside its forward")
+            if any(op.call is None or not any(op.call.within(call) for call in calls) for op in readers):
+                where = "its forward" if all(call.module is module for call in calls) else calls[0].path or "(model)"
+                raise Refused(f"the {name} of {self.paths[module]} is also read outside {where}")
 
 
 def _copied(form: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, sof
 from edgeattn.reparam.block import Block, NotRunnable, Refused, Rule, Site, map_tensors
 from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
 from edgeattn.reparam.proof import MODEL_TOLERANCE, MODEL_TOLERANCE_FLOAT64, BlockProof, NotFused, Proof
-from edgeattn.reparam.trace import Inputs, capture, duplicate, run
+from edgeattn.reparam.trace import Inputs, Record, capture, duplicate, run, watched
 
 #: In the order in which they run: whole blocks, then branches, then what a batch norm follows, then what follows it.
 RULES: tuple[Rule, ...] = (
@@ -26,6 +27,10 @@ RULES: tuple[Rule, ...] = (
     pre_bn.RULE,
     softmax_scale.RULE,
 )
+
+
+#: A fused form that holds on its own: its proof, and the (old, new) modules to exchange.
+_Made = tuple[BlockProof, list[tuple[nn.Module, nn.Module]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ def reparameterize(
     Each rule proposes blocks. Both forms of a block run on the activations that reach it when the model runs on
     ``inputs``, and on random ones of the same shape, in float64 and in float32. A block beyond the tolerances
     (``proof.FLOAT64_TOLERANCE``, ``proof.FLOAT32_TOLERANCE``) keeps its training form and is listed with its error.
-    At the end the outputs of both models are compared; should they differ, everything is rolled back.
+    The model must run with the fused blocks, and with them only; at the end the outputs of both models are compared,
+    and should they differ, rules are rolled back from the last one until they agree.
 
     Args:
         model: float32, in eval mode; it is not changed (the work is done on a copy).
@@ -96,7 +102,7 @@ def _reparameterize(
     if not fused:
         return Reparameterized(site.model, proof)
     say("reparameterize: comparing the whole models")
-    return _compare(model, site, rules, reference, proof)
+    return _compare(model, site, rules, reference, proof, say)
 
 
 def _apply(
@@ -113,7 +119,7 @@ def _apply(
         if not blocks:
             return
         recorded = capture(site.model, site.inputs, {block.entry: block.cropped for block in blocks}, site.seed)
-        pairs: list[tuple[nn.Module, nn.Module]] = []
+        made: list[_Made] = []
         rejected = False
         for block in blocks:
             proof, reason = None, None
@@ -124,8 +130,7 @@ def _apply(
             except Refused as refusal:
                 reason = str(refusal)
             if proof is not None and proof.errors.holds:
-                fused.append(proof)
-                pairs += block.pairs(deploy)
+                made.append((proof, block.pairs(deploy)))
                 continue
             rejected = True
             site.rejected.add((rule.name, block.path))
@@ -134,10 +139,61 @@ def _apply(
             if reason:
                 errors = None if proof is None else proof.errors
                 kept[rule.name, block.path] = NotFused(block.path, rule.name, reason, errors)
-        if pairs:
-            site.exchange(pairs)
+        for proof, reason in _install(site, made, fused):
+            rejected = True
+            site.rejected.add((rule.name, proof.path))
+            kept[rule.name, proof.path] = NotFused(proof.path, rule.name, f"rolled back: {reason}", proof.errors)
         if not rejected:
             return
+
+
+def _install(site: Site, made: Sequence[_Made], fused: list[BlockProof]) -> Iterator[tuple[BlockProof, str]]:
+    """Put the fused forms into the model, and see that it runs with them and with them only.
+
+    A block that holds on its own may still not fit its model: the forward reads an attribute of a module that is gone
+    (``bn.eps``, ``bn.weight.dtype``), or calls the old modules through a list that is not part of the module tree.
+
+    Yields:
+        What was undone, and why. The proofs of all others are appended to ``fused``.
+    """
+    if not made:
+        return
+    names = site.paths
+    undo = site.exchange(pair for _, pairs in made for pair in pairs)
+    try:
+        with watched(old for _, pairs in made for old, _ in pairs) as stale:
+            record = site.record  # a forward that the next rule needs in any case
+    except Exception as error:  # whatever a guest's forward raises
+        undo()
+        if len(made) == 1:
+            yield made[0][0], f"with it the forward of the model raises {type(error).__name__}: {error}"
+            return
+        half = len(made) // 2
+        yield from _install(site, made[:half], fused)
+        yield from _install(site, made[half:], fused)
+        return
+
+    good: list[_Made] = []
+    bad: list[tuple[BlockProof, str]] = []
+    for proof, pairs in made:
+        old = [names[module] for module, _ in pairs if module in stale]
+        unused = [names[module] for module, new in pairs if not _called(record, new)]
+        if old:
+            bad.append((proof, f"the model still calls the old {', '.join(old)}, held in a list or another attribute"))
+        elif unused:
+            bad.append((proof, f"the model does not call what replaces {', '.join(unused)}"))
+        else:
+            good.append((proof, pairs))
+    if not bad:
+        fused.extend(proof for proof, _ in made)
+        return
+    undo()
+    yield from bad
+    yield from _install(site, good, fused)
+
+
+def _called(record: Record, module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or bool(record.calls_of(module))  # scripts are not recorded
 
 
 def _prove(block: Block, sample: Any, site: Site, generator: torch.Generator) -> tuple[nn.Module, BlockProof]:
@@ -149,21 +205,40 @@ def _prove(block: Block, sample: Any, site: Site, generator: torch.Generator) ->
         return prove(block, whole.get(block.entry), generator)
 
 
-def _compare(model: nn.Module, site: Site, rules: Sequence[Rule], reference: Any, proof: Proof) -> Reparameterized:
-    """Compare the outputs of the whole models; roll everything back if they are not the same."""
-    float32, float64 = distance(reference, run(site.model, site.inputs, site.seed)), None
-    if float32 > MODEL_TOLERANCE:
-        # Rounding that the model itself amplifies, or a real difference? float64 tells. It is slow, so only in doubt.
-        float64 = _distance64(model, site, rules)
+def _compare(
+    model: nn.Module, site: Site, rules: Sequence[Rule], reference: Any, proof: Proof, say: Callable[[str], None]
+) -> Reparameterized:
+    """Compare the outputs of the whole models; if they are not the same, do without the last rule that fused."""
+    float32, float64 = _whole(model, site, rules, reference)
     if float32 <= MODEL_TOLERANCE or (float64 is not None and float64 <= MODEL_TOLERANCE_FLOAT64):
         return Reparameterized(site.model, replace(proof, float32=float32, float64=float64))
-    reason = (
-        f"rolled back: the block holds alone, but the outputs of the whole model differ by a relative L2 of "
-        f"{float32:.1e} in float32 (at most {MODEL_TOLERANCE:.0e})"
+    # Anew, on the rules before it: a fusion cannot be taken back once the old modules are gone, and keeping these
+    # for the rare model that needs it would cost the memory of a whole training form.
+    fusing = {block.rule for block in proof.fused}
+    last = max(index for index, rule in enumerate(rules) if rule.name in fusing)
+    name = rules[last].name
+    say(f"reparameterize: the outputs of the whole models differ, trying without {name}")
+    differ = (
+        f"differ by a relative L2 of {float32:.1e} in float32 (at most {MODEL_TOLERANCE:.0e})"
+        if math.isfinite(float32)
+        else "are missing, not finite, or of another shape"
     )
-    undone = [NotFused(block.path, block.rule, reason, block.errors) for block in proof.fused]
-    kept = replace(proof, fused=[], not_fused=[*undone, *proof.not_fused], after=proof.before, float32=0.0)
-    return Reparameterized(duplicate(model), kept)
+    reason = f"rolled back: the block holds alone, but with {name} the outputs of the whole model {differ}"
+    undone = [NotFused(block.path, name, reason, block.errors) for block in proof.fused if block.rule == name]
+    tried = {rule.name for rule in rules[:last]}
+    others = [entry for entry in proof.not_fused if entry.rule not in tried]
+    less = _reparameterize(model, site.inputs, rules[:last], site.seed, say)
+    return replace(less, proof=replace(less.proof, not_fused=[*undone, *less.proof.not_fused, *others]))
+
+
+def _whole(model: nn.Module, site: Site, rules: Sequence[Rule], reference: Any) -> tuple[float, float | None]:
+    """The distance of the whole models in float32, and in float64 where float32 leaves a doubt."""
+    try:
+        float32 = distance(reference, run(site.model, site.inputs, site.seed))
+    except Exception:  # it ran when the last block went in, but a guest may count its calls
+        return math.inf, None
+    # Rounding that the model itself amplifies, or a real difference? float64 tells. It is slow, so only in doubt.
+    return float32, None if float32 <= MODEL_TOLERANCE else _distance64(model, site, rules)
 
 
 def _distance64(model: nn.Module, site: Site, rules: Sequence[Rule]) -> float | None:
@@ -183,7 +258,7 @@ def _distance64(model: nn.Module, site: Site, rules: Sequence[Rule]) -> float | 
                     pairs += block.pairs(fold(block, duplicate(block.before)))
             exact.exchange(pairs)
         return distance(reference, run(exact.model, inputs, site.seed))
-    except (RuntimeError, Refused):
+    except Exception:  # in float64 a guest may fail in any way
         return None
 
 

@@ -43,9 +43,12 @@ class Fan(nn.Module):
         """The modules of each chain."""
         return [list(chain.children()) for chain in self.chains]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The end of each chain. Each starts from a copy, since an activation at its end may work in place."""
-        y = self.head(x)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The end of each chain. Each starts from a copy, since an activation at its end may work in place.
+
+        The arguments are those of the head, as the model gives them: perhaps by keyword.
+        """
+        y = self.head(*args, **kwargs)
         return tuple(chain(y.clone()) for chain in self.chains)
 
 

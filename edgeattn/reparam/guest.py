@@ -21,7 +21,11 @@ class Unchanged(Refused):
 
 def method_of(module: nn.Module) -> str | None:
     """The name of the module's own reparameterization method, or None."""
-    return next((name for name in METHODS if callable(getattr(module, name, None))), None)
+    for name in METHODS:
+        found = getattr(module, name, None)
+        if callable(found) and not isinstance(found, nn.Module):  # a child may have such a name: a layer that fuses
+            return name
+    return None
 
 
 def _form(module: nn.Module) -> Any:
@@ -35,7 +39,7 @@ def _fuse(method: str) -> Callable[[nn.Module], nn.Module]:
         form = _form(module)
         try:
             result = getattr(module, method)()
-        except Exception as error:  # any guest may raise anything; the report names it
+        except (Exception, SystemExit) as error:  # any guest may raise anything; the report names it
             raise Refused(f"{method}() raised {type(error).__name__}: {error}") from error
         fused = result if isinstance(result, nn.Module) else module
         if _form(fused) == form:

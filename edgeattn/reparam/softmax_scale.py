@@ -9,6 +9,7 @@ from torch import nn
 
 from edgeattn.reparam.block import Block, Refused, Rule, Site
 from edgeattn.reparam.fold import Layer, bias_of, fold_output_affine, is_layer
+from edgeattn.reparam.proof import NotFused
 
 NAME = "softmax_scale"
 QUERIES = ("q", "to_q", "q_proj", "query", "wq")
@@ -46,7 +47,7 @@ def _fuse(module: nn.Module) -> nn.Module:
     return module
 
 
-def propose(site: Site) -> Iterator[Block]:
+def propose(site: Site) -> Iterator[Block | NotFused]:
     """Every module with a float ``scale`` other than 1 and a child that projects the queries.
 
     Given:
@@ -56,11 +57,21 @@ def propose(site: Site) -> Iterator[Block]:
         softmax((W_q' x + b_q') k^T) v with W_q' = scale W_q, b_q' = scale b_q, and ``scale`` = 1.0.
 
     Whether the module uses ``scale`` this way cannot be read off its attributes: the measured proof decides, and a
-    module that scales otherwise is rolled back.
+    module that scales otherwise is rolled back. What the proof of the module cannot see is who else uses the
+    projection: such a module is refused.
     """
     for module, path in site.paths.items():
         scale = getattr(module, "scale", None)
-        if isinstance(scale, float) and scale != 1.0 and _query(module) is not None:
+        found = _query(module) if isinstance(scale, float) and scale != 1.0 else None
+        if found is None:
+            continue
+        try:
+            calls = site.record.calls_of(module)
+            if calls:  # else the proof says that there are none
+                site.alone(found[0], calls)
+        except Refused as refusal:
+            yield NotFused(path, NAME, str(refusal))
+        else:
             yield Block(
                 path=path,
                 rule=NAME,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,6 +292,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for buffer, content in contents:
                 if buffer.shape != content.shape or not torch.equal(buffer, content):
                     buffer.set_(content)  # type: ignore[call-overload]
+
+
+@contextmanager
+def watched(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Note which of the modules are called in the body, also those that are not part of the model that runs."""
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any) -> None:
+        called.add(module)
+
+    hookable = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_pre_hook(note) for module in hookable]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def capture(

@@ -180,28 +180,6 @@ def test_other_dtypes_are_left_with_a_reason(dtype: torch.dtype) -> None:
     assert any("only float32" in entry.reason for entry in proof.not_fused)
 
 
-def test_a_wiring_that_no_block_shows_rolls_everything_back() -> None:
-    class Hidden(nn.Module):
-        """Uses its convolution through a list that no module knows, hence never sees the folded one."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-            self.hidden = [self.conv]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(self.hidden[0](x))
-
-    model = Hidden().eval()
-    nn.init.constant_(model.bn.running_mean, 3.0)
-    x = torch.randn(1, 3, 8, 8)
-    result = reparameterize(model, x)
-    assert result.proof.fused == []
-    assert any("whole model differ" in entry.reason for entry in result.proof.not_fused)
-    assert result.proof.after == result.proof.before
-    assert torch.equal(result.model(x), model(x))
-
-
 def test_a_model_that_amplifies_rounding_is_judged_in_float64() -> None:
     class Chaotic(nn.Module):
         def __init__(self) -> None:
