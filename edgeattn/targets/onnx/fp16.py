@@ -1,35 +1,38 @@
 """Float16 storage for an ONNX graph, with the operations that do not survive it kept in float32.
 
-What is kept is found by measuring on samples: first every tensor whose float32 values come within a factor of two of
-float16's largest number, and every small constant that float16 rounds to 0; then, run by run, the first operation
-whose float16 result is not finite or far from its float32 one although its inputs are near. No list of operation
-names decides.
+What is kept is found by measuring on samples: first every operation whose float32 values, also those that it computes
+inside, come within a factor of two of float16's largest number, and every one with a small constant that float16 cannot
+hold; then, run by run, the operations whose float16 results are not finite or far from their float32 ones although
+their inputs are near. No list of operation names decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgeattn.core.numerics import Array, compare
-from edgeattn.targets.base import TraceValue
+from edgeattn.core.numerics import TOLERANCES, Array, compare
 from edgeattn.targets.onnx.runtime import module_of, trace_model
 
 #: Largest finite float16.
 LARGEST = 65504.0
 #: Samples are not all inputs: a tensor that reaches half of ``LARGEST`` on them is kept in float32.
 HEADROOM = 2.0
-#: An operation whose relative L2 error exceeds this, and its inputs' error tenfold, is kept in float32.
-JUMP = 2e-2
-#: Half of the smallest float16 above 0: what is not larger is rounded to 0.
-VANISHES = 2.0**-25
-#: At most this many operations are added one by one after the measured ranges.
-ROUNDS = 24
+#: An operation whose relative L2 error exceeds the first, and its inputs' error times the second, is kept in float32.
+#: Later pairs serve while an output of the graph is too far off, for what that output depends on.
+JUMPS = ((2e-2, 10.0), (1e-2, 5.0), (5e-3, 2.5), (2.5e-3, 2.0), (1.25e-3, 2.0))
+#: Samples are not all inputs: an output must come this near on them, which leaves a fifth of what verification allows.
+NEAR = 0.8 * TOLERANCES["fp16"]
+#: A single constant that loses a larger share in float16 is kept in float32; only numbers below 6e-5 lose that much.
+LOSES = 1e-3
+#: At most this many times operations are added after the measured ranges.
+ROUNDS = 48
 
 _HALF, _SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -73,7 +76,35 @@ def _sum_length(node: ir.Node) -> float:
     return float(np.prod([int(n) for n in before]) / max(1.0, float(np.prod([int(n) for n in after]))))  # type: ignore[arg-type]
 
 
-def _out_of_range(node: ir.Node, peaks: Mapping[str, float]) -> str | None:
+def _sum_of_squares(node: ir.Node, value: Array) -> float:
+    """Largest sum of squares that a normalization adds up inside, given its first input; 0 for other operations.
+
+    LayerNormalization is none of these: it computes in float32 by its definition.
+    """
+    if node.op_type == "InstanceNormalization":
+        rows = value.reshape(value.shape[0] * value.shape[1], -1)
+    elif node.op_type == "GroupNormalization":
+        rows = value.reshape(value.shape[0] * node.attributes["num_groups"].as_int(), -1)
+    else:
+        return 0.0
+    squares = np.square(rows, dtype=np.float64).sum(-1)
+    return _peak(squares)
+
+
+def _inside(node: ir.Node, result: float) -> float:
+    """Largest number that an operation computes inside, given its largest result.
+
+    Runtimes may compute it in float16 although the CPU, on which we measure, does not.
+    """
+    if node.op_type == "ReduceL2":
+        return result**2
+    if node.op_type in ("ReduceLogSumExp", "ReduceLogSum"):
+        # Of a large negative result the sum is as small as this is large, and float16 ends there as well.
+        return float(np.exp(min(result, 700.0)))
+    return result * _sum_length(node)
+
+
+def _out_of_range(node: ir.Node, peaks: Mapping[str, float], squares: float) -> str | None:
     limit = LARGEST / HEADROOM
     for value in node.inputs:
         if value is not None and _constant_peak(value) > LARGEST:
@@ -81,9 +112,11 @@ def _out_of_range(node: ir.Node, peaks: Mapping[str, float]) -> str | None:
         if value is not None and peaks.get(str(value.name), 0.0) > limit:
             return f"input {value.name} reaches {peaks[str(value.name)]:.3g}, float16 ends at {LARGEST:.0f}"
     for value in node.outputs:
-        peak = peaks.get(str(value.name), 0.0) * _sum_length(node)
+        peak = max(peaks.get(str(value.name), 0.0), _inside(node, peaks.get(str(value.name), 0.0)))
         if peak > limit:
-            return f"its result or its sum reaches {peak:.3g}, float16 ends at {LARGEST:.0f}"
+            return f"its result or what it sums inside reaches {peak:.3g}, float16 ends at {LARGEST:.0f}"
+    if squares > limit:
+        return f"its sum of squares reaches {squares:.3g}, float16 ends at {LARGEST:.0f}"
     return None
 
 
@@ -94,10 +127,11 @@ def _float_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def _vanishing(model: ir.Model) -> list[tuple[ir.Node, str]]:
-    """Operations with a constant that float16 rounds to 0, such as an epsilon of 1e-12, and what depends on it.
+    """Operations with a constant that float16 rounds to 0 or badly, such as an epsilon, and what depends on it.
 
-    Its use is to keep a divisor from 0, which samples need not show. Hence what consumes the result stays float32 too,
-    through operations on that tensor alone, up to the first that joins it with another.
+    Its use is to keep a divisor from 0, which samples need not show; and its inverse may be too large. Hence what
+    consumes the result stays float32 too, through operations on that tensor alone, up to the first that joins it with
+    another.
     """
     found: dict[int, tuple[ir.Node, str]] = {}
     for node in model.graph:
@@ -105,9 +139,12 @@ def _vanishing(model: ir.Model) -> list[tuple[ir.Node, str]]:
             if value is None or value.dtype != _SINGLE or value.const_value is None or value.const_value.size != 1:
                 continue
             number = float(value.const_value.numpy().item())
-            if number == 0 or abs(number) > VANISHES:
+            if number == 0 or not abs(number) <= LARGEST:
                 continue
-            why = f"constant {value.name} is {number:.3g}, float16 rounds it to 0"
+            rounded = float(np.float16(number))
+            if abs(rounded - number) <= LOSES * abs(number):
+                continue
+            why = f"constant {value.name} is {number:.3g}, float16 rounds it to {rounded:.3g}"
             waiting = [node]
             while waiting:
                 current = waiting.pop()
@@ -119,11 +156,30 @@ def _vanishing(model: ir.Model) -> list[tuple[ir.Node, str]]:
     return list(found.values())
 
 
-def _makers(node: ir.Node, model: ir.Model) -> list[ir.Node]:
-    """The nodes of ``model`` that compute the inputs of its node of the same name as ``node``."""
-    own = next((n for n in model.graph if n.name == node.name), None)
-    makers = [value.producer() for value in own.inputs if value is not None and value.dtype == _SINGLE] if own else []
-    return [maker for maker in makers if maker is not None]
+def _to_keep(node: ir.Node, kept: Mapping[str, Kept], generations: int) -> list[ir.Node]:
+    """The node itself or, if it is kept already, the nearest ones before it that are not; up to graph inputs.
+
+    Args:
+        node: whose result is wrong.
+        kept: by node name.
+        generations: how many nodes deep to go from there on.
+    """
+    found: list[ir.Node] = []
+    seen = {id(node)}
+    waiting = deque([(node, 0)])
+    while waiting:
+        current, depth = waiting.popleft()
+        if current.name not in kept:
+            found.append(current)
+            depth += 1
+            if depth == generations:
+                continue
+        for value in current.inputs:
+            maker = value.producer() if value is not None and value.dtype == _SINGLE else None
+            if maker is not None and maker.graph is node.graph and id(maker) not in seen:
+                seen.add(id(maker))
+                waiting.append((maker, depth))
+    return found
 
 
 def _slots(node: ir.Node, opsets: Mapping[str, int]) -> tuple[list[bool], list[bool]] | None:
@@ -212,31 +268,102 @@ def convert(model: ir.Model, keep: set[str]) -> None:
         del graph.initializers[name]
 
 
-def _worst_jump(single: Mapping[str, Array], half: Iterable[TraceValue], model: ir.Model) -> tuple[ir.Node, str] | None:
-    """The first node whose float16 result leaves its float32 one while its inputs are still near."""
-    errors: dict[str, float] = {}
-    by_name = {item.name: item for item in half}
-    for node in model.graph:
-        if node.op_type == "Cast":
-            continue
-        for value in node.outputs:
-            name = str(value.name)
-            item = by_name.get(name)
-            reference = single.get(name.removesuffix("_fp16") if name not in single else name)
-            if item is None or reference is None or reference.shape != item.value.shape:
-                continue
-            measured = compare(reference, item.value.astype(np.float32))
-            lost = measured.nonfinite - measured.nonfinite_reference
-            errors[name] = np.inf if lost > 0 else measured.relative_l2
-            before = max(
-                (errors.get(str(v.name), errors.get(str(v.name).rpartition("_")[0], 0.0)) for v in node.inputs if v),
-                default=0.0,
-            )
-            if lost > 0:
-                return node, f"{lost} results are not finite in float16"
-            if errors[name] > JUMP and errors[name] > 10 * before:
-                return node, f"relative L2 error {errors[name]:.2g} in float16, its inputs' {before:.2g}"
-    return None
+def _converted(model: ir.Model, keep: set[str]) -> tuple[ir.Model, dict[str, str]]:
+    """A float16 copy, and by the name of each of its nodes' results the name of the same tensor in ``model``."""
+    half = model.clone()
+    pairs = [
+        (ours, theirs)
+        for node, copy in zip(model.graph, half.graph, strict=True)
+        for ours, theirs in zip(node.outputs, copy.outputs, strict=True)
+    ]
+    convert(half, keep)
+    return half, {str(theirs.name): str(ours.name) for ours, theirs in pairs}
+
+
+def _before(nodes: set[int], values: Sequence[ir.Value | None]) -> set[int]:
+    """``nodes`` and those that ``values`` are computed from, by id."""
+    waiting = [value.producer() for value in values if value is not None]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and id(node) not in nodes:
+            nodes.add(id(node))
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    return nodes
+
+
+@dataclass
+class _Search:
+    """Which operations of a graph to keep in float32, found out on one sample after another."""
+
+    model: ir.Model
+    kept: dict[str, Kept] = field(default_factory=dict)
+    #: Nodes that stay wrong although all before them is in float32.
+    hopeless: set[str] = field(default_factory=set)
+    #: How often something was kept for a node's sake.
+    tries: Counter[str] = field(default_factory=Counter)
+    rounds: int = 0
+
+    def keep(self, node: ir.Node, why: str) -> None:
+        """Keep a node; the first reason stays."""
+        name = str(node.name)
+        self.kept.setdefault(name, Kept(name, node.op_type, module_of(node), why))
+
+    def errors(self, reference: Mapping[str, Array], feeds: Mapping[str, Array]) -> dict[str, float]:
+        """Relative L2 error in float16 of each tensor of ``reference``; inf where numbers are not finite, or not 0."""
+        half, names = _converted(self.model, set(self.kept))
+        errors: dict[str, float] = {}
+        for item in trace_model(half, feeds):
+            name = names.get(item.name, "")
+            if name in reference and reference[name].shape == item.value.shape:
+                measured = compare(reference[name], item.value)
+                lost = measured.nonfinite > measured.nonfinite_reference
+                errors[name] = np.inf if lost else measured.relative_l2
+        return errors
+
+    def far(self, errors: Mapping[str, float]) -> list[ir.Value]:
+        """Outputs of the graph that are not near enough."""
+        return [value for value in self.model.graph.outputs if errors.get(str(value.name), 0.0) > NEAR]
+
+    def _jumps(self, errors: Mapping[str, float]) -> Iterator[tuple[ir.Node, str]]:
+        """Nodes whose results are off while their inputs are near; none that depends on another that is kept for it."""
+        spoilt: set[int] = set()
+        among = {id(node) for node in self.model.graph}
+        for jump, ratio in JUMPS:
+            for node in self.model.graph:
+                if any(id(value) in spoilt for value in node.inputs):
+                    spoilt.update(id(value) for value in node.outputs)
+                    continue
+                if id(node) not in among or node.op_type == "Cast" or node.name in self.hopeless:
+                    continue
+                before = max((errors.get(str(v.name), 0.0) for v in node.inputs if v is not None), default=0.0)
+                error = max((errors.get(str(v.name), 0.0) for v in node.outputs), default=0.0)
+                if error > jump and error > ratio * before:
+                    lost = "not finite, or not 0," if np.isinf(error) else f"relative L2 error {error:.2g}"
+                    yield node, f"{lost} in float16, its inputs' error {before:.2g}"
+                    if node.name not in self.hopeless:
+                        spoilt.update(id(value) for value in node.outputs)
+            if spoilt or not (far := self.far(errors)):
+                return
+            among = _before(set(), far)
+
+    def improve(self, errors: Mapping[str, float]) -> bool:
+        """Keep more, where these errors show the need; False when nothing is left to do."""
+        found: list[tuple[ir.Node, str]] = []
+        for node, why in self._jumps(errors):
+            # What is in float32 already lost its numbers with its inputs: go back further each time, ever faster.
+            nodes = _to_keep(node, self.kept, max(1, 2 ** (self.tries[str(node.name)] - 1)))
+            if not nodes:
+                self.hopeless.add(str(node.name))
+            self.tries[str(node.name)] += 1
+            found += [(other, why) for other in nodes]
+        for node, why in found:
+            self.keep(node, why)
+        return bool(found)
+
+    def on(self, reference: Mapping[str, Array], feeds: Mapping[str, Array]) -> None:
+        """Keep more until float16 is near on this sample, nothing helps or the rounds are used up."""
+        while self.rounds < ROUNDS and self.improve(self.errors(reference, feeds)):
+            self.rounds += 1
 
 
 def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir.Model, list[Kept]]:
@@ -250,31 +377,37 @@ def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir
         raise ValueError("to_fp16 needs at least one sample to measure on")
     for i, node in enumerate(model.graph):
         node.name = node.name or f"node_{i}"
-    single: dict[str, Array] = dict(samples[0])  # every tensor of the first sample alone: they fill memory
-    peaks = {name: max(_peak(feeds[name]) for feeds in samples) for name in samples[0]}
-    for number, feeds in enumerate(samples):
+    search = _Search(model)
+    readers: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.inputs and node.inputs[0] is not None:
+            readers.setdefault(str(node.inputs[0].name), []).append(node)
+    peaks: dict[str, float] = {}
+    squares: dict[str, float] = {}
+
+    def measure(name: str, value: Array) -> None:
+        peaks[name] = max(peaks.get(name, 0.0), _peak(value))
+        for node in readers.get(name, ()):
+            squares[str(node.name)] = max(squares.get(str(node.name), 0.0), _sum_of_squares(node, value))
+
+    outputs = {str(value.name) for value in model.graph.outputs}
+    references: list[dict[str, Array]] = []  # every tensor of the first sample alone: they fill memory
+    for feeds in samples:
+        references.append({})
+        for name, value in feeds.items():
+            measure(name, value)
         for item in trace_model(model, feeds):
-            peaks[item.name] = max(peaks.get(item.name, 0.0), _peak(item.value))
-            if number == 0:
-                single[item.name] = item.value
-    kept = {
-        str(node.name): Kept(str(node.name), node.op_type, module_of(node), why)
-        for node in model.graph
-        if (why := _out_of_range(node, peaks))
-    }
+            measure(item.name, item.value)
+            if len(references) == 1 or item.name in outputs:
+                references[-1][item.name] = item.value
+    for node in model.graph:
+        if why := _out_of_range(node, peaks, squares.get(str(node.name), 0.0)):
+            search.keep(node, why)
     for node, why in _vanishing(model):
-        kept.setdefault(str(node.name), Kept(str(node.name), node.op_type, module_of(node), why))
-    for _ in range(ROUNDS):
-        half = model.clone()
-        convert(half, set(kept))
-        jump = _worst_jump(single, trace_model(half, samples[0]), half)
-        if jump is None:
-            break
-        node, why = jump
-        # A node that is in float32 already lost its numbers with its inputs.
-        nodes = [node] if node.name not in kept else [n for n in _makers(node, model) if n.name not in kept]
-        if not nodes:
-            break
-        for node in nodes:
-            kept[str(node.name)] = Kept(str(node.name), node.op_type, module_of(node), why)
-    return half, list(kept.values())
+        search.keep(node, why)
+    search.on(references[0], samples[0])
+    references[0].clear()
+    for reference, feeds in zip(references[1:], samples[1:], strict=True):
+        if search.far(search.errors(reference, feeds)):
+            search.on({item.name: item.value for item in trace_model(model, feeds)}, feeds)
+    return _converted(model, set(search.kept))[0], list(search.kept.values())
