@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.reparam.proof import NotFused
-from edgeattn.reparam.trace import Call, Inputs, Record, trace
+from edgeattn.reparam.trace import Call, Inputs, Record, run, trace
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -92,6 +92,11 @@ class Site:
         return trace(self.model, self.inputs, self.seed)
 
     @cached_property
+    def outputs(self) -> Any:
+        """What the current model returns, from a plain forward."""
+        return run(self.model, self.inputs, self.seed)
+
+    @cached_property
     def paths(self) -> Mapping[nn.Module, str]:
         """The first path of every module; the model itself is ``(model)``."""
         return {module: path or "(model)" for path, module in self.model.named_modules()}
@@ -128,7 +133,7 @@ class Site:
 
     def _become(self, model: nn.Module) -> None:
         self.model = model
-        for name in ("record", "paths", "owners"):
+        for name in ("record", "outputs", "paths", "owners"):
             self.__dict__.pop(name, None)
 
     def once(self, module: nn.Module) -> None:

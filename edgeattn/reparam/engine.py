@@ -16,7 +16,7 @@ from edgeattn.reparam import conv_bn, guest, multi_branch, pre_bn, residual, sof
 from edgeattn.reparam.block import Block, NotRunnable, Refused, Rule, Site, map_tensors
 from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
 from edgeattn.reparam.proof import MODEL_TOLERANCE, MODEL_TOLERANCE_FLOAT64, BlockProof, NotFused, Proof
-from edgeattn.reparam.trace import Inputs, Record, capture, duplicate, run, watched
+from edgeattn.reparam.trace import Inputs, capture, duplicate, run, watched
 
 #: In the order in which they run: whole blocks, then branches, then what a batch norm follows, then what follows it.
 RULES: tuple[Rule, ...] = (
@@ -94,7 +94,7 @@ def _reparameterize(
     kept: dict[tuple[str, str], NotFused] = {}
     for rule in rules:
         say(f"reparameterize: {rule.name}")
-        _apply(rule, site, generator, fused, kept)
+        _apply(rule, site, generator, fused, kept, last=rule is rules[-1])
 
     done = {path for block in fused for path in block.modules}
     not_fused = [entry for entry in kept.values() if entry.path not in done]
@@ -106,7 +106,13 @@ def _reparameterize(
 
 
 def _apply(
-    rule: Rule, site: Site, generator: torch.Generator, fused: list[BlockProof], kept: dict[tuple[str, str], NotFused]
+    rule: Rule,
+    site: Site,
+    generator: torch.Generator,
+    fused: list[BlockProof],
+    kept: dict[tuple[str, str], NotFused],
+    *,
+    last: bool,
 ) -> None:
     """Run one rule until it proposes nothing new: a rejected block may leave smaller ones inside it."""
     while True:
@@ -139,7 +145,7 @@ def _apply(
             if reason:
                 errors = None if proof is None else proof.errors
                 kept[rule.name, block.path] = NotFused(block.path, rule.name, reason, errors)
-        for proof, reason in _install(site, made, fused):
+        for proof, reason in _install(site, made, fused, last):
             rejected = True
             site.rejected.add((rule.name, proof.path))
             kept[rule.name, proof.path] = NotFused(proof.path, rule.name, f"rolled back: {reason}", proof.errors)
@@ -147,7 +153,9 @@ def _apply(
             return
 
 
-def _install(site: Site, made: Sequence[_Made], fused: list[BlockProof]) -> Iterator[tuple[BlockProof, str]]:
+def _install(
+    site: Site, made: Sequence[_Made], fused: list[BlockProof], last: bool
+) -> Iterator[tuple[BlockProof, str]]:
     """Put the fused forms into the model, and see that it runs with them and with them only.
 
     A block that holds on its own may still not fit its model: the forward reads an attribute of a module that is gone
@@ -161,23 +169,24 @@ def _install(site: Site, made: Sequence[_Made], fused: list[BlockProof]) -> Iter
     names = site.paths
     undo = site.exchange(pair for _, pairs in made for pair in pairs)
     try:
-        with watched(old for _, pairs in made for old, _ in pairs) as stale:
-            record = site.record  # a forward that the next rule needs in any case
+        with watched(module for _, pairs in made for pair in pairs for module in pair) as called:
+            _ = site.outputs if last else site.record  # the forward that comes next in any case costs nothing more
     except Exception as error:  # whatever a guest's forward raises
         undo()
         if len(made) == 1:
             yield made[0][0], f"with it the forward of the model raises {type(error).__name__}: {error}"
             return
         half = len(made) // 2
-        yield from _install(site, made[:half], fused)
-        yield from _install(site, made[half:], fused)
+        yield from _install(site, made[:half], fused, last)
+        yield from _install(site, made[half:], fused, last)
         return
 
     good: list[_Made] = []
     bad: list[tuple[BlockProof, str]] = []
     for proof, pairs in made:
-        old = [names[module] for module, _ in pairs if module in stale]
-        unused = [names[module] for module, new in pairs if not _called(record, new)]
+        old = [names[module] for module, _ in pairs if module in called]
+        scripted = torch.jit.ScriptModule  # takes no hooks: its calls are not seen
+        unused = [names[module] for module, new in pairs if not (new in called or isinstance(new, scripted))]
         if old:
             bad.append((proof, f"the model still calls the old {', '.join(old)}, held in a list or another attribute"))
         elif unused:
@@ -189,11 +198,7 @@ def _install(site: Site, made: Sequence[_Made], fused: list[BlockProof]) -> Iter
         return
     undo()
     yield from bad
-    yield from _install(site, good, fused)
-
-
-def _called(record: Record, module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) or bool(record.calls_of(module))  # scripts are not recorded
+    yield from _install(site, good, fused, last)
 
 
 def _prove(block: Block, sample: Any, site: Site, generator: torch.Generator) -> tuple[nn.Module, BlockProof]:
@@ -234,7 +239,7 @@ def _compare(
 def _whole(model: nn.Module, site: Site, rules: Sequence[Rule], reference: Any) -> tuple[float, float | None]:
     """The distance of the whole models in float32, and in float64 where float32 leaves a doubt."""
     try:
-        float32 = distance(reference, run(site.model, site.inputs, site.seed))
+        float32 = distance(reference, site.outputs)
     except Exception:  # it ran when the last block went in, but a guest may count its calls
         return math.inf, None
     # Rounding that the model itself amplifies, or a real difference? float64 tells. It is slow, so only in doubt.
