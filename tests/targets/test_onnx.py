@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from edgeattn.capture import capture, run_eager
 from edgeattn.core.errors import ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, compare
 from edgeattn.targets.base import LowerPlan
-from edgeattn.targets.onnx import OnnxTarget
+from edgeattn.targets.onnx import OnnxTarget, fp16
 from edgeattn.targets.onnx import files as onnx_files
 from edgeattn.targets.onnx import runtime as onnx_runtime
 
@@ -221,6 +222,95 @@ def test_every_sample_is_measured(tmp_path):
     lowered.check()
 
 
+def shifted_square(x: Tensor, shift: float) -> Tensor:
+    """Each step is near in float16, and their difference far off."""
+    return (x + shift).square() - shift**2
+
+
+def test_every_operation_that_needs_it_is_found_and_what_it_needs_before_it(tmp_path):
+    many = Fn(lambda m, x: torch.cat([shifted_square(x * 1e-3, 5 + k / 10) for k in range(12)], -1))
+    lowered = Lowered(tmp_path / "a", many, {"x": X}, "fp16")
+    lowered.check()
+    assert {k["op"] for k in lowered.kept} == {"Sub", "Pow", "Add", "Mul"}
+
+
+def test_operations_that_need_it_one_after_another_are_all_found(tmp_path):
+    def chain(m, x):
+        for _ in range(6):
+            x = shifted_square(x * 1e-3, 5) * 100
+        return x
+
+    Lowered(tmp_path / "a", Fn(chain), {"x": X}, "fp16").check()
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_the_list_is_what_the_graph_keeps_also_when_the_search_ends_early(tmp_path, monkeypatch, rounds):
+    monkeypatch.setattr(fp16, "ROUNDS", rounds)
+    lowered = Lowered(tmp_path / "a", Fn(lambda m, x: shifted_square(x * 1e-3, 5)), {"x": X}, "fp16")
+    assert bool(lowered.kept) == bool(rounds)
+    results = {node.name: node.output[0] for node in lowered.proto.graph.node if node.op_type != "Cast"}
+    traced = {item.name: item.value.dtype for item in lowered.runtime.trace("main", lowered.feeds)}
+    single = {name for name, result in results.items() if traced[result] == np.float32}
+    assert single == {k["node"] for k in lowered.kept}
+
+
+def test_a_constant_that_loses_digits_is_kept(tmp_path):
+    model = Fn(lambda m, x: x / (x.abs().sum(-1, keepdim=True) * 1e-6 + 1e-12) * 1e-6)
+    lowered = Lowered(tmp_path / "a", model, {"x": X}, "fp16")
+    lowered.check()
+    assert {"Mul", "Add"} <= {k["op"] for k in lowered.kept if "float16 rounds it to 1.01e-06" in k["why"]}
+
+
+def test_a_small_jump_is_looked_for_when_an_output_is_too_far_off(tmp_path):
+    model = Fn(lambda m, x: (shifted_square(x, 40), (x + 40).square()))
+    lowered = Lowered(tmp_path / "a", model, {"x": X}, "fp16")
+    lowered.check()
+    error = float(lowered.kept[0]["why"].split("relative L2 error ")[1].split()[0])
+    assert TOLERANCES["fp16"] < error < fp16.JUMPS[0][0]
+
+
+INSIDE = {
+    "ReduceL2": lambda m, x: torch.linalg.vector_norm(x * 100, dim=-1) / 100,
+    "ReduceLogSumExp": lambda m, x: torch.logsumexp(x * 20, -1),
+    "InstanceNormalization": lambda m, x: F.instance_norm(x[None] * 100),
+}
+
+
+@pytest.mark.parametrize("op", INSIDE)
+def test_what_would_overflow_inside_of_an_operation_is_kept(tmp_path, op):
+    lowered = Lowered(tmp_path / "a", Fn(INSIDE[op]), {"x": X}, "fp16")
+    lowered.check()
+    assert [k["op"] for k in lowered.kept] == [op]
+    small = Lowered(tmp_path / "b", Fn(lambda m, x: INSIDE[op](m, x * 0.01)), {"x": X}, "fp16")
+    assert small.kept == []
+
+
+def test_a_trace_rounds_every_tensor_that_an_operation_reads(tmp_path):
+    model = Fn(lambda m, x: (x + 40) * 40 - 1600)  # 1601.25 is 1601 in float16
+    lowered = Lowered(
+        tmp_path / "a", model, {"x": torch.tensor([1 / 32, 1.0])}, "fp16", samples=[{"x": np.ones(2, "f4")}]
+    )
+    traced = {item.op: item.value for item in lowered.runtime.trace("main", lowered.feeds)}
+    assert lowered.kept == []
+    assert traced["Sub"].tolist() == (traced["Mul"] - np.float16(1600)).tolist()
+
+
+@pytest.mark.parametrize(("size", "kept"), [(100.0, ["GroupNormalization"]), (1.0, [])])
+def test_sums_of_squares_are_measured_over_a_group(size, kept):
+    text = """<ir_version: 9, opset_import: ["": 20]> g (float[1,4,8] x) => (float[1,4,8] y)
+        <float[2] scale = {1, 1}, float[2] bias = {0, 0}> {y = GroupNormalization<num_groups = 2>(x, scale, bias)}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    _, found = fp16.to_fp16(model, [{"x": randn(1, 4, 8).numpy() * size}])
+    assert [k.op for k in found] == kept
+
+
+def test_every_sample_must_hold(tmp_path):
+    model = Fn(lambda m, x: shifted_square(x, 5))
+    near, far = {"x": X.numpy()}, {"x": X.numpy() * 1e-3}
+    assert Lowered(tmp_path / "a", model, {"x": X}, "fp16").kept == []
+    Lowered(tmp_path / "b", model, {"x": X * 1e-3}, "fp16", samples=[near, far]).check()
+
+
 def test_fp16_stores_half_the_bytes_and_keeps_the_signature(tmp_path):
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
     single, half = (Lowered(tmp_path / p, model, {"x": X}, p) for p in ("fp32", "fp16"))
@@ -315,11 +405,15 @@ def test_operations_without_onnx_form_are_all_listed_with_their_modules(tmp_path
     assert not list((tmp_path / "a").iterdir())
 
 
-def test_another_failure_of_the_exporter_is_one_line(tmp_path):
+def test_another_failure_of_the_exporter_is_one_line(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("the graph is odd\nstack trace:\n  line 1")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(ConversionFailed) as caught:
-        Lowered(tmp_path / "a", Fn(lambda m, x: (x * 2, 3)), {"x": X})
+        Lowered(tmp_path / "a", nn.ReLU(), {"x": X})
     assert "stack trace" not in str(caught.value)
-    assert len(str(caught.value.why).splitlines()) == 1
+    assert caught.value.why == "RuntimeError: the graph is odd"
 
 
 @pytest.mark.parametrize(

@@ -52,21 +52,43 @@ def _session_of(model: ir.Model) -> ort.InferenceSession:
         return _session(str(path), optimized=False)
 
 
+def _round_all(model: ir.Model) -> None:
+    """Have every float16 tensor read through two Identity operations.
+
+    The CPU provider computes most operations in float32 and drops the pair of casts between two of them, also where
+    the tensor is an output. Two float16 operations in a row keep them apart; a single one it would compute in float32.
+    """
+    for node in list(model.graph):
+        for value in node.outputs:
+            uses = tuple(value.uses()) if value.dtype == ir.DataType.FLOAT16 else ()
+            if uses:
+                last, stored = node, value
+                for i in range(2):
+                    copy = ir.node("Identity", [stored], name=f"{value.name}_stored_{i}")
+                    model.graph.insert_after(last, copy)
+                    last, stored = copy, copy.outputs[0]
+                    stored.name, stored.type = f"{value.name}_stored_{i}", value.type
+                for use in uses:
+                    use.node.replace_input_with(use.idx, stored)
+
+
 def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
     """Run ``model`` with graph optimizations off and every float tensor an output, in pieces of ``TRACE_BYTES``.
 
-    Making a tensor an output forces it to be stored in its declared dtype, so that a float16 graph is computed with
-    every tensor rounded to float16, also where the CPU provider would skip a pair of casts.
+    A float16 graph is computed with every tensor rounded to float16.
 
     Args:
-        model: in memory; its graph outputs are restored before returning.
+        model: in memory; its graph outputs are restored before returning, a float16 graph is copied.
         feeds: by input name.
     """
+    if any(value.dtype == ir.DataType.FLOAT16 for node in model.graph for value in node.outputs):
+        model = model.clone()
+        _round_all(model)
     producers = [
         (value, node)
         for node in model.graph
         for value in node.outputs
-        if value.name and value.dtype in _FLOATS and value.shape is not None
+        if value.name and value.dtype in _FLOATS and value.shape is not None  # what _round_all adds has no shape
     ]
     original = list(model.graph.outputs)
     pieces: list[list[tuple[ir.Value, ir.Node]]] = [[]]
