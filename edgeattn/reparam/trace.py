@@ -242,11 +242,12 @@ def trace(model: nn.Module, inputs: Inputs, seed: int = 0) -> Record:
 
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
-    """One forward without gradients; the random state of the process and the model's buffers are left as they were."""
+    """One forward without gradients; the random state, the model's buffers and the inputs are left as they were."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.no_grad(), preserved(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        own: Any = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        return model(**own) if isinstance(own, Mapping) else model(*own)
 
 
 #: What every nn.Module has in its ``__dict__``: no place for a computed tensor.

@@ -238,3 +238,18 @@ def test_range_growth_is_measured_against_the_training_kernels() -> None:
 def test_a_model_in_training_mode_is_refused_whatever_it_is_made_of() -> None:
     with pytest.raises(UsageError, match="training"):
         reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.randn(1, 3, 8, 8))
+
+
+def test_inputs_that_the_forward_changes_in_place_are_left_alone() -> None:
+    class Normalizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.conv(x.sub_(0.5).mul_(2)))
+
+    x = torch.randn(1, 3, 8, 8)
+    before = x.clone()
+    assert len(reparameterize(Normalizing().eval(), x).proof.fused) == 1
+    assert torch.equal(x, before)
