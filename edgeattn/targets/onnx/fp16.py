@@ -327,6 +327,7 @@ class _Search:
     def _jumps(self, errors: Mapping[str, float]) -> Iterator[tuple[ir.Node, str]]:
         """Nodes whose results are off while their inputs are near; none that depends on another that is kept for it."""
         spoilt: set[int] = set()
+        far = self.far(errors)
         among = {id(node) for node in self.model.graph}
         for jump, ratio in JUMPS:
             for node in self.model.graph:
@@ -337,12 +338,14 @@ class _Search:
                     continue
                 before = max((errors.get(str(v.name), 0.0) for v in node.inputs if v is not None), default=0.0)
                 error = max((errors.get(str(v.name), 0.0) for v in node.outputs), default=0.0)
+                if node.name in self.kept and not far and np.isfinite(error):
+                    continue  # it enlarges what its inputs lost, and no output suffers from it
                 if error > jump and error > ratio * before:
                     lost = "not finite, or not 0," if np.isinf(error) else f"relative L2 error {error:.2g}"
                     yield node, f"{lost} in float16, its inputs' error {before:.2g}"
                     if node.name not in self.hopeless:
                         spoilt.update(id(value) for value in node.outputs)
-            if spoilt or not (far := self.far(errors)):
+            if spoilt or not far:
                 return
             among = _before(set(), far)
 
