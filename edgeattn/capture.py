@@ -191,6 +191,9 @@ def capture(
         ) from error
     finally:
         flatten.remove()
+    for module in graph.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # file paths of this machine, in every node
     return Program({"main": Entry(graph, tuple(inputs), outputs)})
 
 
