@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeattn.bundle import Bundle
+from edgeattn.reparam import Proof
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,6 +97,18 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     for command in FRESH:
         assert command in text
     assert FRESH[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_output_shown_is_what_the_command_says(digits: Bundle) -> None:
+    """All of it that does not depend on the machine."""
+    shown = " ".join((ROOT / "README.md").read_text().split())
+    fused, _, rest = Proof.from_dict(digits.manifest.reparam).summary().partition("; largest")
+    assert fused in shown
+    assert rest[rest.index("PTQ risk") :] in shown
+    task = digits.manifest.task
+    assert task is not None
+    assert f"({task['artifact_correct']} of {task['samples']} held-out samples)" in shown
+    assert str(digits.manifest.weights.sha256)[:16] in shown
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ class Proof:
         float32, float64: relative L2 between the outputs of both forms on the given inputs. float64 is measured, with
             the folds kept in float64, only where float32 leaves a doubt (None otherwise): an untrained model may
             amplify its own rounding. Blocks are always measured in float64. After a rollback of everything float32 is
-            0 and float64 what was found.
+            0 and float64 None.
         seed: of the random activations.
     """
 
@@ -144,8 +144,8 @@ class Proof:
         risks = len(self.ptq_risks)
         outliers = sum(block.crest_growth > PTQ_GROWTH for block in self.ptq_risks)
         risk = (
-            f" PTQ risk in {risks}: the weight range grew more than {PTQ_GROWTH:g}x, in {outliers} of them by "
-            "outliers, in the others mostly by rescaling."
+            f" PTQ risk in {risks}: the weight range grew more than {PTQ_GROWTH:g}x, in {outliers} of them "
+            "against the typical weight too (outliers)."
             if risks
             else ""
         )
