@@ -13,11 +13,11 @@ import numpy as np
 
 from edgeattn import targets
 from edgeattn.bundle.manifest import FileInfo, Manifest, read_manifest
-from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.errors import CheckFailed, UsageError, unknown
 from edgeattn.core.files import inside, whole_folder
 from edgeattn.core.hashing import sha256_file
 from edgeattn.core.numerics import Array, Numerics, compare
-from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor
+from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor, own_widths
 
 RUNNER = Path(__file__).with_name("runner.py")
 
@@ -28,7 +28,7 @@ class Verified:
 
     Attributes:
         files: how many were re-hashed.
-        numerics: by golden file and output name.
+        numerics: by golden file and output name; files of a further artifact carry its backend's name in front.
         tolerance: the largest relative L2 allowed.
     """
 
@@ -53,7 +53,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._runtime: Runtime | None = None
+        self._runtimes: dict[str, Runtime] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -73,30 +73,41 @@ class Bundle:
             )
         return cls(path, read_manifest(path / "manifest.json"))
 
-    @property
-    def artifact(self) -> Artifact:
-        """The artifact inside, as its target sees it."""
+    def artifact(self, backend: str | None = None) -> Artifact:
+        """An artifact inside, as its target sees it; the one in front without a ``backend``.
+
+        Raises:
+            UsageError: the bundle has none of that backend.
+        """
+        infos = {info.backend: info for info in reversed(self.manifest.artifacts)}
+        if backend is not None and backend not in infos:
+            raise unknown("backend", backend, infos, where=str(self.path))
+        info = self.manifest if backend is None else infos[backend]
         entries = {
             name: ArtifactEntry(
                 entry.file,
-                tuple(Tensor(t.name, t.shape, t.dtype) for t in entry.inputs),
-                tuple(Tensor(t.name, t.shape, t.dtype) for t in entry.outputs),
+                tuple(Tensor(t.name, t.shape, t.dtype, t.layout) for t in entry.inputs),
+                tuple(Tensor(t.name, t.shape, t.dtype, t.layout) for t in entry.outputs),
             )
-            for name, entry in self.manifest.entries.items()
+            for name, entry in info.entries.items()
         }
         for entry in entries.values():
             inside(self.path, entry.file)
-        return Artifact(self.path, self.manifest.precision, entries, self.manifest.facts)
+        return Artifact(self.path, self.manifest.precision, entries, info.facts)
 
-    def run(self, feeds: Mapping[str, Array], entry: str = "main") -> dict[str, Array]:
-        """Outputs by name for inputs by name, through the target's runtime on this machine.
+    def run(self, feeds: Mapping[str, Array], entry: str = "main", backend: str | None = None) -> dict[str, Array]:
+        """Outputs by name for inputs by name, through the backend's runtime on this machine.
+
+        Args:
+            feeds: in the artifact's own layout and dtypes. backend: of which artifact; the one in front without.
 
         Raises:
-            UsageError: an unknown entry, or feeds of other names, shapes or dtypes. ToolchainMissing.
+            UsageError: an unknown entry or backend, or feeds of other names, shapes or dtypes. ToolchainMissing.
         """
-        if self._runtime is None:
-            self._runtime = targets.get(self.manifest.target).open(self.artifact)
-        return self._runtime.run(entry, feeds)
+        name = backend or self.manifest.backend
+        if name not in self._runtimes:
+            self._runtimes[name] = targets.get(name).open(self.artifact(name))
+        return self._runtimes[name].run(entry, feeds)
 
     def golden(self) -> Iterator[tuple[str, str, dict[str, Array], dict[str, Array]]]:
         """(file, entry, inputs, reference outputs) of every golden sample.
@@ -151,9 +162,12 @@ class Bundle:
         """
         files = self.check_files()
         numerics: dict[str, dict[str, Numerics]] = {}
-        for name, entry, feeds, reference in self.golden():
-            outputs = self.run(feeds, entry)
-            numerics[name] = {key: compare(value, outputs[key]) for key, value in reference.items()}
+        for info in self.manifest.artifacts:
+            for name, entry, feeds, reference in self.golden():
+                given = own_widths(self.artifact(info.backend).entries[entry].inputs, feeds)
+                outputs = self.run(given, entry, info.backend)
+                shown = f"{info.backend}: {name}" if self.manifest.alternatives else name
+                numerics[shown] = {key: compare(value, outputs[key]) for key, value in reference.items()}
         if not any(numerics.values()):
             raise CheckFailed("the bundle has no golden samples", where=str(self.path), fix="export anew")
         failed = [
@@ -168,7 +182,7 @@ class Bundle:
                 where=str(self.path),
                 why=f"tolerance is a relative L2 of {self.manifest.tolerance:g}",
                 fix="the runtime here computes otherwise than the one that the bundle was proven with: "
-                + ", ".join(f"{k} {v}" for k, v in self.manifest.tools.items()),
+                + ", ".join(f"{r.name} {r.version}" for a in self.manifest.artifacts for r in a.runtimes),
                 details=failed,
             )
         return Verified(files, numerics, self.manifest.tolerance)
@@ -189,7 +203,7 @@ def write_bundle(
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, place)
         shutil.copytree(golden, folder / "golden")
-        if manifest.requirement:
+        if any(info.requirement for info in manifest.artifacts):
             shutil.copyfile(RUNNER, folder / "run.py")
         (folder / "README.md").write_text(readme, encoding="utf-8")
         files: dict[str, Any] = {

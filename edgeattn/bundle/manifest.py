@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.hashing import sha256_data
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -19,11 +19,16 @@ class _Part(BaseModel):
 
 
 class TensorInfo(_Part):
-    """An input or output of an entry."""
+    """An input or output of an entry; shape and dtype are the artifact's own.
+
+    Attributes:
+        layout: "NHWC" where the artifact takes an image with its channels last; else "".
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    layout: str = ""
 
 
 class EntryInfo(_Part):
@@ -58,16 +63,48 @@ class Weights(_Part):
     seed: int
 
 
-class Manifest(_Part):
-    """Everything that is known of a bundle.
+class RuntimeInfo(_Part):
+    """A runtime with which the numbers were proven: distribution, version, and the machine's instruction set."""
+
+    name: str
+    version: str
+    machine: str
+
+
+class ArtifactInfo(_Part):
+    """One artifact of a bundle: the program as one backend runs it, and what was proven of it.
 
     Attributes:
+        backend: the target that lowered it, hence the kind of runtime that it needs.
+        requirement: the pip requirement of ``run.py`` for it; "" if it cannot run without EdgeAttn.
+        runtimes: with which the numbers were proven.
+        numerics: what its numbers were held against, by golden sample and output.
+        task: score on the held-out samples, for the reference and for the artifact.
+        facts: what the target recorded: node counts, transposes, what stayed in float32 and why.
+        lint: findings; none of them is an error, for an error ends the export.
+    """
+
+    backend: str
+    requirement: str
+    entries: dict[str, EntryInfo]
+    runtimes: tuple[RuntimeInfo, ...]
+    tools: dict[str, str | None]
+    numerics: dict[str, Any]
+    task: dict[str, Any] | None = None
+    facts: dict[str, Any] = Field(default_factory=dict)
+    lint: tuple[dict[str, Any], ...] = ()
+
+
+class Manifest(ArtifactInfo):
+    """Everything that is known of a bundle; what it says of an artifact is said of the one in front.
+
+    Attributes:
+        target: what was asked for; differs from ``backend`` where a target stands for several.
         key: digest of all that went in: recipe, weights, code, tool versions, host architecture.
         files: every file of the bundle but this one.
         reparam: the reparameterization proof (``edgeattn.reparam.Proof.to_dict``).
-        numerics: what the artifact's numbers were held against, by golden sample and output.
-        task: score on the held-out samples, for the reference and for the artifact.
-        facts: what the target recorded: opset, node counts, what stayed in float32 and why.
+        alternatives: further artifacts of the same program, in the order of preference.
+        choice: why the one in front stands there, where there are several.
         digest: SHA-256 of all other fields, so that a change of the manifest itself is seen.
     """
 
@@ -81,18 +118,19 @@ class Manifest(_Part):
     weights: Weights
     recipe: dict[str, Any]
     recipe_sha256: str
-    entries: dict[str, EntryInfo]
-    requirement: str
     tolerance: float
     files: dict[str, FileInfo] = Field(default_factory=dict)
-    tools: dict[str, str | None]
     host: dict[str, str]
     stages: tuple[StageInfo, ...]
     reparam: dict[str, Any]
-    numerics: dict[str, Any]
-    task: dict[str, Any] | None = None
-    facts: dict[str, Any] = Field(default_factory=dict)
+    alternatives: tuple[ArtifactInfo, ...] = ()
+    choice: dict[str, Any] | None = None
     digest: str = ""
+
+    @property
+    def artifacts(self) -> tuple[ArtifactInfo, ...]:
+        """All of them, the one in front first."""
+        return (self, *self.alternatives)
 
     def sealed(self) -> Manifest:
         """A copy whose ``digest`` fits the other fields."""
@@ -128,6 +166,14 @@ def read_manifest(path: Path) -> Manifest:
             why=f"not a manifest in JSON: {error}",
             fix="copy the bundle again",
         ) from error
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise UsageError(
+            "the bundle was made by an older EdgeAttn",
+            value=f"schema version {version}",
+            where=str(path),
+            why=f"this version reads {SCHEMA_VERSION}",
+            fix="export anew",
+        )
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise UsageError(
             "the bundle was made by a newer EdgeAttn",

@@ -9,9 +9,12 @@ import click
 
 _JOB: tuple[Callable[..., Any], ...] = (
     click.argument("model"),
-    click.option("--target", "-t", default="onnx", show_default=True, help="Where it will run; see edgeattn targets."),
-    click.option("--precision", "-p", default="fp32", show_default=True, help="fp32 or fp16; see edgeattn targets."),
+    click.option(
+        "--target", "-t", help="What it is made for; see edgeattn targets. [default: the device's best, or onnx]"
+    ),
+    click.option("--precision", "-p", default="fp32", show_default=True, help="fp32, fp16, ...; see edgeattn targets."),
     click.option("--device", "-d", help="The device it is for; see edgeattn devices."),
+    click.option("--layout", default="nchw", show_default=True, help="Of image inputs: nchw as in PyTorch, or nhwc."),
 )
 
 _MODEL: tuple[Callable[..., Any], ...] = (

@@ -10,6 +10,9 @@ import click
 from edgeattn.cli._options import job_options, parse_args
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgeattn.bundle.manifest import ArtifactInfo
     from edgeattn.pipeline.export import Exported
 
 
@@ -25,7 +28,8 @@ def command(args: tuple[str, ...], output: str, force: bool, **job: Any) -> None
 
     \b
       edgeattn export fmvit-digits --target onnx
-      edgeattn export fmvit-s --target onnx --precision fp16
+      edgeattn export fmvit-s --target tflite --precision fp16
+      edgeattn export fmvit-s --device raspberry-pi-5
       edgeattn export mypackage.net:build --input x=1x3x224x224 --checkpoint net.safetensors
     """
     from edgeattn.cli._show import Live
@@ -43,16 +47,13 @@ def command(args: tuple[str, ...], output: str, force: bool, **job: Any) -> None
 def _report(exported: Exported, unscored: str | None) -> None:
     from rich.markup import escape
 
-    from edgeattn.cli._show import console, numerics_rows, size, table
+    from edgeattn.cli._show import console, size, table
 
-    bundle, run = exported.bundle, exported.run
+    bundle = exported.bundle
     manifest, out = bundle.manifest, console()
-    proof = run.records["reparameterize"].facts
-    rows = numerics_rows(manifest.numerics)
-    worst = max(rows, key=lambda row: float(row[2]))
     path = escape(str(bundle.path))
     out.print()
-    state = "unchanged, it was there already" if exported.unchanged else f"{run.seconds:.1f} s"
+    state = "unchanged, it was there already" if exported.unchanged else f"{exported.seconds:.1f} s"
     out.print(f"[bold green]held[/bold green]  {path}  ({state})")
     out.print()
     facts = table("", "")
@@ -60,23 +61,58 @@ def _report(exported: Exported, unscored: str | None) -> None:
     if manifest.weights.kind == "checkpoint":
         weights = f"checkpoint, SHA-256 {str(manifest.weights.sha256)[:16]}…"
     facts.add_row("weights", weights)
-    facts.add_row("reparameterized", escape(proof["summary"]))
+    summary = next(iter(exported.runs.values())).records["reparameterize"].facts["summary"]
+    facts.add_row("reparameterized", escape(summary))
+    for info in manifest.artifacts:
+        _artifact_rows(facts, info, manifest.tolerance, f" ({info.backend})" if manifest.alternatives else "")
+    if unscored:
+        facts.add_row("accuracy", f"not scored: {escape(unscored)}")
+    models = {entry.file for info in manifest.artifacts for entry in info.entries.values()}
+    files = ", ".join(
+        f"{escape(n)} {size(i.size)}"
+        for n, i in manifest.files.items()
+        if n in models or n.removesuffix(".data") in models
+    )
+    facts.add_row("size", files)
+    if manifest.choice:
+        facts.add_row("in front", escape(f"{manifest.choice['front']}. {manifest.choice['why']}"))
+    took = ", ".join(f"{s.name} {s.seconds:.1f} s" for s in manifest.stages)
+    facts.add_row("stages", f"{took}; peak {max(s.peak_mb for s in manifest.stages):.0f} MB")
+    out.print(facts)
+    out.print()
+    out.print("next:")
+    device = f" --device {escape(manifest.device)}" if manifest.device else ""
+    out.print(f"  edgeattn verify {path}{device}", soft_wrap=True)
+    requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
+    if requirements:
+        out.print(f"  edgeattn profile {path}{device}", soft_wrap=True)
+    out.print(f"  edgeattn inspect {path}", soft_wrap=True)
+    if requirements:
+        out.print(f"  python {path}/run.py    (on the device: needs numpy and {requirements})", soft_wrap=True)
+
+
+def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: str) -> None:
+    """What was proven of one artifact, and what lint found."""
+    from rich.markup import escape
+
+    from edgeattn.cli._show import numerics_rows
+
+    rows = numerics_rows(info.numerics)
+    worst = max(rows, key=lambda row: float(row[2]))
     facts.add_row(
-        "numbers",
-        f"worst relative L2 {worst[2]} on {escape(worst[1])} ({worst[4]}), allowed {manifest.tolerance:g}; "
+        f"numbers{which}",
+        f"worst relative L2 {worst[2]} on {escape(worst[1])} ({worst[4]}), allowed {tolerance:g}; "
         f"against the training form in float32, {len(rows)} comparisons",
     )
-    if manifest.task:
-        task = manifest.task
+    if info.task:
+        task = info.task
         facts.add_row(
-            "accuracy",
+            f"accuracy{which}",
             f"{task['artifact_accuracy']:.2%} ({task['artifact_correct']} of {task['samples']} held-out samples), "
             f"PyTorch {task['reference_accuracy']:.2%} ({task['reference_correct']}); "
             f"top-1 agreement {task['top1_agreement']:.2%}",
         )
-    elif unscored:
-        facts.add_row("accuracy", f"not scored: {escape(unscored)}")
-    for name, entry in manifest.facts.get("entries", {}).items():
+    for name, entry in info.facts.get("entries", {}).items():
         kept = entry.get("kept_in_fp32")
         if kept is not None:
             where = sorted({k["module"] or "(model)" for k in kept})
@@ -84,16 +120,14 @@ def _report(exported: Exported, unscored: str | None) -> None:
                 f"{len(kept)} operations, in {', '.join(where[:4])}{' …' if len(where) > 4 else ''}" if kept else "none"
             )
             facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
-    files = ", ".join(
-        f"{escape(n)} {size(i.size)}" for n, i in manifest.files.items() if n.endswith((".onnx", ".data"))
-    )
-    facts.add_row("size", files or size(sum(i.size for i in manifest.files.values())))
-    took = ", ".join(f"{s.name} {s.seconds:.1f} s" for s in manifest.stages)
-    facts.add_row("stages", f"{took}; peak {max(s.peak_mb for s in manifest.stages):.0f} MB")
-    out.print(facts)
-    out.print()
-    out.print("next:")
-    out.print(f"  edgeattn verify {path}", soft_wrap=True)
-    out.print(f"  edgeattn inspect {path}", soft_wrap=True)
-    if manifest.requirement:
-        out.print(f"  python {path}/run.py    (on the device: needs numpy and {manifest.requirement})", soft_wrap=True)
+        if "transposes" in entry:
+            sides = [t["of"] for t in entry["transposes"]]
+            inside = sides.count("graph")
+            facts.add_row(
+                f"transposes ({escape(name)})",
+                f"{len(sides)} of {sum(entry['nodes'].values())} nodes: {inside} inside, {len(sides) - inside} at inputs and outputs",
+            )
+    for finding in info.lint:
+        if finding["severity"] != "note":
+            text = f"{finding['rule']} in module {finding['module'] or '(model)'}: {finding['what']}. {finding['mend']}"
+            facts.add_row(f"lint{which}", f"[yellow]{escape(text)}[/yellow]")

@@ -34,26 +34,32 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
     except ToolchainMissing as error:
         missing = error
         job = make_job(**given, args=parse_args(args), check_tools=False)
-    planned = make_plan(job, Cache.default())
+    plans = {part.target: make_plan(part, Cache.default()) for part in job.parts}
+    # What several targets have in common is shown once.
+    named = {
+        p.key: (p, f"{p.stage.name} {target}" if len(plans) > 1 else p.stage.name)
+        for target, plan in plans.items()
+        for p in plan
+    }
+    shared = set.intersection(*({p.key for p in plan} for plan in plans.values()))
+    planned = [(p, p.stage.name if key in shared else name) for key, (p, name) in named.items()]
     final = Path(output) / job.title
-    ran = {p.stage.name: p.record for p in planned if p.record}
     files = ["manifest.json", "README.md", "golden/*.npz"]
-    files += (
-        [e["file"] for e in ran["lower"].facts["entries"].values()]
-        if "lower" in ran
-        else [f"the {job.target} artifact"]
-    )
-    files += ["run.py"] if targets.get(job.target).package() else []
+    for target, plan in plans.items():
+        lowered = next(p.record for p in plan if p.stage.name == "lower")
+        written = [e["file"] for e in lowered.facts["entries"].values()] if lowered else [f"the {target} artifact"]
+        files += sorted(set(written))
+    files += ["run.py"] if any(targets.get(target).package() for target in plans) else []
     if as_json:
         stages = [
             {
-                "name": p.stage.name,
+                "name": name,
                 "needs": p.stage.needs,
                 "key": p.key,
                 "cached": p.record is not None,
                 "seconds": p.record.seconds if p.record else None,
             }
-            for p in planned
+            for p, name in planned
         ]
         result = {"bundle": str(final), "exists": final.exists(), "random_weights": job.resolved.random_weights}
         lacking = {"why": missing.why, "fix": missing.fix} if missing else None
@@ -61,10 +67,10 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
     else:
         out = console()
         rows = table("stage", "state", "needs", "key", "took last time", right=("took last time",))
-        for p in planned:
+        for p, name in planned:
             state = "[green]cached[/green]" if p.record else ("written anew" if p.stage.name == "bundle" else "to run")
             took = f"{p.record.seconds:.2f} s" if p.record else ""
-            rows.add_row(p.stage.name, state, ", ".join(p.stage.needs) or "recipe", p.key[:16], took)
+            rows.add_row(name, state, ", ".join(p.stage.needs) or "recipe", p.key[:16], took)
         out.print(rows)
         out.print()
         out.print(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.core.numerics import TOLERANCES, Array, compare
+from edgeattn.targets.base import own_feeds
 
 if TYPE_CHECKING:
     from edgeattn.pipeline.context import Context
-    from edgeattn.targets.base import Runtime
+    from edgeattn.targets.base import Runtime, Tensor
 
 
 def module_outputs(model: object, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -36,21 +38,34 @@ def module_outputs(model: object, feeds: dict[str, Array]) -> dict[str, Array]:
     return outputs
 
 
-def first_divergence(context: Context, runtime: Runtime, feeds: dict[str, Array]) -> str:
+def _as_in_torch(value: Array, shape: tuple[int, ...]) -> Array | None:
+    """A traced tensor in the module's own shape: as it is, or from (B, H, W, C) to (B, C, H, W); None if neither."""
+    if value.ndim == 4 and len(shape) == 4 and value.shape != shape:
+        value = value.transpose(0, 3, 1, 2)
+    return value if value.shape == shape else None
+
+
+def first_divergence(context: Context, runtime: Runtime, inputs: Sequence[Tensor], feeds: dict[str, Array]) -> str:
     """Names the first module of the deploy form whose output the artifact misses by more than the tolerance.
 
     A module's output inside the artifact is the last tensor that the exporter attributes to it or to a child of it;
-    modules whose tensors were fused away or have another layout are passed over.
+    modules whose tensors were fused away or have another shape are passed over.
+
+    Args:
+        inputs: of the artifact's entry. feeds: of the model.
     """
     torch_values = module_outputs(context.value("reparameterize"), feeds)
-    trace = list(runtime.trace("main", feeds))
+    trace = list(runtime.trace("main", own_feeds(inputs, feeds)))
     tolerance = TOLERANCES[context.job.precision]
     for path, reference in torch_values.items():
         inside = [t for t in trace if path and (t.module == path or t.module.startswith(f"{path}."))]
-        if not inside or inside[-1].value.shape != reference.shape:
+        if not inside:
             continue
         found = inside[-1]
-        measured = compare(reference, found.value.astype(np.float32))
+        value = _as_in_torch(found.value, reference.shape)
+        if value is None:
+            continue
+        measured = compare(reference, value.astype(np.float32))
         if not measured.holds(tolerance):
             return (
                 f"module {path} is the first to diverge (its {found.op}, tensor {found.name}): "

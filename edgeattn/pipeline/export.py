@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,18 @@ from typing import Any
 from edgeattn import device as devices
 from edgeattn import recipe as recipes
 from edgeattn import targets
-from edgeattn.bundle import Bundle, Manifest, write_bundle
-from edgeattn.bundle.manifest import EntryInfo, StageInfo, TensorInfo, Weights
-from edgeattn.core import tools
+from edgeattn.bundle import Bundle
 from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError
 from edgeattn.core.files import check_writable
 from edgeattn.core.numerics import TOLERANCES
 from edgeattn.core.specs import TensorSpec
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.job import Job
-from edgeattn.pipeline.plan import check_choice, make_plan, sources_key
+from edgeattn.pipeline.pack import pack
+from edgeattn.pipeline.plan import bundle_key, check_choice, sources_key
+from edgeattn.pipeline.rivals import choose
 from edgeattn.pipeline.run import Finished, Progress, Silent, run_plan
+from edgeattn.targets.base import NCHW
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,27 @@ class Exported:
     """A bundle and how it came about.
 
     Attributes:
+        runs: the stages' results, for each target whose artifact is in the bundle.
         unchanged: the same bundle was there already, whole, and was kept.
     """
 
     bundle: Bundle
-    run: Finished
+    runs: Mapping[str, Finished]
     unchanged: bool
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(run.seconds for run in self.runs.values())
 
 
 def make_job(
     model: str,
     *,
-    target: str = "onnx",
+    target: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
+    layout: str = NCHW,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -51,6 +59,7 @@ def make_job(
     """Resolve names to a job; everything that can be wrong without running anything is said here.
 
     Args:
+        target: the device's best where none is given, else ``onnx``.
         check_tools: refuse a target whose toolchain is missing; a plan may be looked at without it.
 
     Raises:
@@ -67,90 +76,14 @@ def make_job(
     resolved = recipes.resolve(
         model, inputs=inputs, checkpoint=None if checkpoint is None else Path(checkpoint), args=args
     )
+    place = devices.resolve(device) if device else None
+    target = target or (place.targets[0] if place else "onnx")
     chosen = targets.get(target)
-    check_choice(chosen, precision, devices.resolve(device) if device else None, tuple(TOLERANCES))
+    check_choice(chosen, precision, layout, place, tuple(TOLERANCES))
     availability = chosen.availability()
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
-    return Job(resolved, target, precision, device)
-
-
-def _manifest(job: Job, run: Finished) -> Manifest:
-    records, resolved = run.records, job.resolved
-    target = targets.get(job.target)
-    lowered, verified = records["lower"].facts, records["verify"].facts
-    return Manifest(
-        name=job.title,
-        target=job.target,
-        precision=job.precision,
-        device=job.device,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        key=run.keys["bundle"],
-        weights=Weights(
-            kind="random" if resolved.random_weights else "checkpoint",
-            sha256=resolved.checkpoint_sha256,
-            seed=resolved.recipe.seed,
-        ),
-        recipe=resolved.recipe.model_dump(mode="json"),
-        recipe_sha256=resolved.sha256,
-        entries={
-            name: EntryInfo(
-                file=entry["file"],
-                inputs=tuple(TensorInfo(**t) for t in entry["inputs"]),
-                outputs=tuple(TensorInfo(**t) for t in entry["outputs"]),
-            )
-            for name, entry in lowered["entries"].items()
-        },
-        requirement=target.package(),
-        tolerance=verified["tolerance"],
-        tools=tools.versions(
-            ("edgeattn", "python", *sorted({*target.lower_tools(job.precision), *target.runtime_tools}))
-        ),
-        host=tools.host(),
-        stages=tuple(
-            StageInfo(name=name, key=r.key, seconds=round(r.seconds, 3), peak_mb=r.peak_mb)
-            for name, r in records.items()
-        ),
-        reparam=records["reparameterize"].facts["proof"],
-        numerics={"reference": f"training form, float32, {records['reference'].facts['data']}", **verified["numerics"]},
-        task=verified["task"],
-        facts=lowered["artifact"],
-    )
-
-
-def _readme(manifest: Manifest) -> str:
-    inputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].inputs]
-    outputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].outputs]
-    random = manifest.weights.kind == "random"
-    weights = "RANDOM: nothing was trained, the outputs mean nothing" if random else "from a checkpoint"
-    run = (
-        ["", "    python run.py                        # check files and golden outputs"]
-        if manifest.requirement
-        else []
-    )
-    if run:
-        run += [f"    python run.py --input {manifest.entries['main'].inputs[0].name}=data.npy   # your own data"]
-    return "\n".join(
-        [
-            f"# {manifest.name}",
-            "",
-            manifest.recipe["description"],
-            "",
-            f"Made by EdgeAttn {manifest.tools['edgeattn']} on {manifest.created} for target `{manifest.target}`, "
-            f"precision `{manifest.precision}`. Weights: {weights}.",
-            *run,
-            f"    edgeattn verify {manifest.name}" if run else f"\n    edgeattn verify {manifest.name}",
-            "",
-            "Inputs:",
-            *inputs,
-            "",
-            "Outputs:",
-            *outputs,
-            "",
-            "`manifest.json` holds what was proven, all versions, and the SHA-256 of every file.",
-            "",
-        ]
-    )
+    return Job(resolved, target, precision, device, layout)
 
 
 def _keep_standing(final: Path, key: str, force: bool) -> Bundle | None:
@@ -186,33 +119,32 @@ def export_job(job: Job, output: Path, *, force: bool = False, progress: Progres
     """
     final = output / job.title
     cache = Cache.default()
+    progress = progress or Silent()
     check_writable(output)
     # Looked at before anything runs, if the key can be known by then: a long export must not end in a refusal.
     if cache.sources(sources_key(job)) is not None:
-        _keep_standing(final, make_plan(job, cache)[-1].key, force)
-    run = run_plan(job, cache, progress or Silent())
-    standing = _keep_standing(final, run.keys["bundle"], force)
+        _keep_standing(final, bundle_key(job, cache), force)
+    runs = {part.target: run_plan(part, cache, progress) for part in job.parts}
+    key = bundle_key(job, cache)
+    standing = _keep_standing(final, key, force)
     if standing is not None:
-        return Exported(standing, run, True)
-    manifest = _manifest(job, run)
-    bundle = write_bundle(
-        final,
-        manifest,
-        {run.records["lower"].folder / name: name for name in run.records["lower"].files},
-        run.records["reference"].folder / "golden",
-        _readme(manifest),
-        replace=force,
-    )
-    return Exported(bundle, run, False)
+        return Exported(standing, runs, True)
+    order, choice = list(runs), None
+    if len(runs) > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            choice = choose(pack(job, runs, order, key, None, Path(folder) / job.title), job.device, progress)
+        order = choice["order"]
+    return Exported(pack(job, runs, order, key, choice, final, replace=force), runs, False)
 
 
 def export(
     model: str,
-    target: str = "onnx",
+    target: str | None = None,
     precision: str = "fp32",
     output: str | Path = ".",
     *,
     device: str | None = None,
+    layout: str = NCHW,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -223,7 +155,9 @@ def export(
 
     Args:
         model: a recipe's name or file, ``package.module:factory``, ``file.py:factory`` or ``timm:NAME``.
+        target: the device's best where none is given, else ``onnx``.
         output: folder that the bundle's folder is made in.
+        layout: of image inputs, ``nchw`` as in PyTorch or ``nhwc`` where the target takes it.
         inputs: ``x=1x3x224x224`` texts or ``TensorSpec`` objects.
         force: replace what stands at the bundle's place.
 
@@ -234,6 +168,13 @@ def export(
         EdgeAttnError: one class for each exit code, see ``edgeattn.core.errors``.
     """
     job = make_job(
-        model, target=target, precision=precision, device=device, inputs=inputs, checkpoint=checkpoint, args=args
+        model,
+        target=target,
+        precision=precision,
+        device=device,
+        layout=layout,
+        inputs=inputs,
+        checkpoint=checkpoint,
+        args=args,
     )
     return export_job(job, Path(output), force=force, progress=progress).bundle

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from edgeattn import device as devices
+from edgeattn import targets
 from edgeattn.recipe import Resolved
+from edgeattn.targets.base import NCHW
 
 
 @dataclass(frozen=True)
@@ -16,17 +19,30 @@ class Job:
         resolved: the recipe and its files.
         target, precision: names.
         device: name of the device that the export is for, or None.
+        layout: of image inputs, one of the target's ``layouts``.
     """
 
     resolved: Resolved
     target: str
     precision: str
     device: str | None = None
+    layout: str = NCHW
 
     @property
     def title(self) -> str:
         """Name of the bundle's folder."""
-        return f"{self.resolved.title}.{self.target}.{self.precision}"
+        layout = "" if self.layout == NCHW else f"-{self.layout}"
+        return f"{self.resolved.title}{layout}.{self.target}.{self.precision}"
+
+    @property
+    def runtime(self) -> str:
+        """The distribution that runs the target on the device; "" where no device says so."""
+        return devices.resolve(self.device).runtimes.get(self.target, "") if self.device else ""
+
+    @property
+    def parts(self) -> tuple[Job, ...]:
+        """A job for each artifact of the bundle: this one, or those of the targets that its target stands for."""
+        return tuple(replace(self, target=part) for part in targets.get(self.target).parts) or (self,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the worker process."""
@@ -35,9 +51,12 @@ class Job:
             "target": self.target,
             "precision": self.precision,
             "device": self.device,
+            "layout": self.layout,
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Job:
         """The inverse of ``to_dict``."""
-        return Job(Resolved.model_validate(data["resolved"]), data["target"], data["precision"], data["device"])
+        return Job(
+            Resolved.model_validate(data["resolved"]), data["target"], data["precision"], data["device"], data["layout"]
+        )

@@ -63,6 +63,12 @@ def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
     }
 
 
+def bundle_key(job: Job, cache: Cache) -> str:
+    """Digest of all that goes into a job's bundle, which may hold several artifacts."""
+    keys = [make_plan(part, cache)[-1].key for part in job.parts]
+    return keys[0] if len(keys) == 1 else sha256_data({"target": job.target, "parts": keys})
+
+
 def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
     """All stages up to ``upto`` in order. Reads files and package metadata only."""
     keys: dict[str, str] = {}
@@ -90,8 +96,8 @@ def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
     return planned
 
 
-def check_choice(target: Target, precision: str, device: Device | None, known: Sequence[str]) -> None:
-    """Whether a target can hold a precision and run on a device.
+def check_choice(target: Target, precision: str, layout: str, device: Device | None, known: Sequence[str]) -> None:
+    """Whether a target can hold a precision and a layout, and run on a device.
 
     Raises:
         UsageError: says what would do.
@@ -102,6 +108,14 @@ def check_choice(target: Target, precision: str, device: Device | None, known: S
             value=f"{device.name}: {target.name}",
             why=f"it runs {', '.join(device.targets)}",
             fix="choose another --target or --device",
+        )
+    if layout not in target.layouts:
+        raise UsageError(
+            "the target cannot take images in this layout",
+            value=layout,
+            where=f"target {target.name}",
+            why=f"it takes {', '.join(target.layouts)}",
+            fix=f"--layout {target.layouts[0]}",
         )
     held = target.precisions(device)
     if precision not in held:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
+
 from edgeattn.core.errors import UsageError
 from edgeattn.core.numerics import Array
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
     from edgeattn.device import Device
+    from edgeattn.lint import Finding
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,22 @@ class Availability:
     fix: str | None = None
 
 
+#: Layouts of image inputs: channels first as in PyTorch, or last.
+NCHW, NHWC = "nchw", "nhwc"
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """Name, static shape and NumPy dtype of an artifact's input or output."""
+    """Name, static shape and NumPy dtype of an artifact's input or output.
+
+    Attributes:
+        layout: ``NHWC`` where an image has its channels last, unlike the model's input of that name; else "".
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,14 @@ class Artifact:
         folder: holds the files of all entries, and nothing else.
         entries: by name.
         facts: plain data worth recording: opset, node counts, operations kept in float32 and why.
+        findings: what lint found in the artifact itself.
     """
 
     folder: Path
     precision: str
     entries: Mapping[str, ArtifactEntry]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
 
 
 @dataclass(frozen=True)
@@ -76,11 +90,15 @@ class LowerPlan:
         precision: one of the target's ``precisions``.
         samples: feeds of real or random inputs, for whatever a target must find by measuring.
         metadata: text that goes into the artifact (recipe, hashes, versions).
+        runtime: the distribution that will run it, where a target has several; "" for the target's own.
+        layout: one of the target's ``layouts``, for image inputs.
     """
 
     precision: str
     samples: Sequence[Mapping[str, Array]]
     metadata: Mapping[str, str]
+    runtime: str = ""
+    layout: str = NCHW
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,44 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> None:
             )
 
 
+def own_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A model's feeds in the artifact's own layout and widths.
+
+    Raises:
+        UsageError: a number that the artifact's narrower integers cannot hold.
+    """
+    last = {spec.name for spec in inputs if spec.layout == NHWC}
+    laid_out = {n: np.ascontiguousarray(v.transpose(0, 2, 3, 1)) if n in last else v for n, v in feeds.items()}
+    return own_widths(inputs, laid_out)
+
+
+def own_widths(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Feeds with numbers as wide as the artifact takes them: targets differ in what they make of 64 bits.
+
+    Raises:
+        UsageError: a number that the artifact's narrower integers cannot hold.
+    """
+    given = dict(feeds)
+    for spec in inputs:
+        value = given.get(spec.name)
+        if value is None:
+            continue
+        wanted = np.dtype(spec.dtype)
+        if value.dtype != wanted and value.dtype.kind in "iu" and wanted.kind in "iu":
+            limits = np.iinfo(wanted)
+            if value.size and (value.min() < limits.min or value.max() > limits.max):
+                raise UsageError(
+                    "an input does not fit the artifact's integers",
+                    value=f"{spec.name}: {value.min()} to {value.max()}",
+                    why=f"the artifact takes {wanted}, {limits.min} to {limits.max}",
+                )
+            value = value.astype(wanted)
+        elif value.dtype == np.float64 and wanted == np.float32:
+            value = value.astype(wanted)
+        given[spec.name] = value
+    return given
+
+
 def entry_of(artifact: Artifact, entry: str) -> ArtifactEntry:
     """The entry of that name.
 
@@ -149,8 +205,14 @@ class Target(ABC):
     """A place to run: lowers programs, opens artifacts, and knows what a bundle needs."""
 
     name: ClassVar[str]
-    #: Distributions whose versions decide what ``open`` computes.
+    #: Distributions whose versions decide what ``open`` computes, the runtime itself first.
     runtime_tools: ClassVar[tuple[str, ...]]
+    #: The targets whose artifacts make up this one's bundle; empty for a target of its own.
+    parts: ClassVar[tuple[str, ...]] = ()
+    #: How image inputs can be laid out in an artifact, the default first.
+    layouts: ClassVar[tuple[str, ...]] = (NCHW,)
+    #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
+    half_activations: ClassVar[bool] = False
 
     @abstractmethod
     def availability(self) -> Availability:
@@ -175,6 +237,10 @@ class Target(ABC):
     @abstractmethod
     def open(self, artifact: Artifact) -> Runtime:
         """A runtime on this machine. Raises ToolchainMissing."""
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """What in a program is known to go wrong or slow on this target; found before any conversion."""
+        return []
 
     def package(self) -> str:
         """The pip requirement that a bundle's ``run.py`` needs beside NumPy; "" if it cannot run without EdgeAttn."""

@@ -1,7 +1,7 @@
 """The stages of an export: what each depends on. Their code is in the modules beside, imported by the worker only.
 
 recipe -> build -> reference
-               \\-> reparameterize -> capture -> lower -> verify -> bundle
+               \\-> reparameterize -> capture -> lint -> lower -> verify -> bundle
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ def _reference_config(job: Job) -> dict[str, Any]:
 
 
 def _lower_config(job: Job) -> dict[str, Any]:
-    return {"target": job.target, "precision": job.precision, "recipe": job.resolved.sha256}
+    return {
+        "target": job.target,
+        "precision": job.precision,
+        "recipe": job.resolved.sha256,
+        "runtime": job.runtime,
+        "layout": job.layout,
+    }
 
 
 def _bundle_config(job: Job) -> dict[str, Any]:
@@ -68,7 +74,7 @@ def _target_code(job: Job) -> tuple[str, ...]:
 
 
 #: Targets whose code is in this package.
-OWN_TARGETS = ("onnx", "null")
+OWN_TARGETS = ("onnx", "tflite", "null")
 
 STAGES = (
     Stage(
@@ -100,8 +106,15 @@ STAGES = (
         lambda job: {},
     ),
     Stage(
+        "lint",
+        ("capture",),
+        lambda job: ("core", "lint", "pipeline/stages/lint.py", *_target_code(job)),
+        lambda job: ("torch",),
+        lambda job: {"target": job.target, "runtime": job.runtime},
+    ),
+    Stage(
         "lower",
-        ("capture", "reference"),
+        ("capture", "reference", "lint"),
         lambda job: ("core", "pipeline/stages/lower.py", *_target_code(job)),
         lambda job: targets.get(job.target).lower_tools(job.precision),
         _lower_config,
@@ -115,7 +128,7 @@ STAGES = (
     ),
     Stage(
         "bundle",
-        ("verify", "lower", "reference", "reparameterize"),
+        ("verify", "lower", "lint", "reference", "reparameterize"),
         lambda job: ("core", "bundle", "pipeline/export.py"),
         lambda job: ("edgeattn",),
         _bundle_config,

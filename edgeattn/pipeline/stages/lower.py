@@ -7,6 +7,7 @@ from typing import Any
 import edgeattn
 from edgeattn import targets
 from edgeattn.core import tools
+from edgeattn.lint import gate
 from edgeattn.pipeline.context import Context, Result
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 
@@ -25,7 +26,9 @@ def run(context: Context) -> dict[str, Any]:
         },
     }
     samples = [feeds for feeds, _ in context.golden()]
-    artifact = target.lower(context.value("capture"), LowerPlan(job.precision, samples, metadata), context.out)
+    plan = LowerPlan(job.precision, samples, metadata, job.runtime, job.layout)
+    artifact = target.lower(context.value("capture"), plan, context.out)
+    gate(list(artifact.findings))
     return {
         "entries": {
             name: {
@@ -36,6 +39,7 @@ def run(context: Context) -> dict[str, Any]:
             for name, entry in artifact.entries.items()
         },
         "artifact": dict(artifact.facts),
+        "findings": [finding.as_dict() for finding in artifact.findings],
     }
 
 
@@ -44,8 +48,8 @@ def artifact_of(result: Result, precision: str) -> Artifact:
     entries = {
         name: ArtifactEntry(
             entry["file"],
-            tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["inputs"]),
-            tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry["outputs"]),
+            tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["inputs"]),
+            tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["outputs"]),
         )
         for name, entry in result.facts["entries"].items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from edgeattn.core.numerics import TOLERANCES, Array, Numerics, compare
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.diverge import first_divergence
 from edgeattn.pipeline.stages.lower import artifact_of
-from edgeattn.targets.base import Runtime
+from edgeattn.targets.base import Runtime, Tensor, own_feeds
 
 #: How many held-out samples more or fewer than the reference an artifact may get right.
 SAMPLES_OFF = 1
@@ -23,7 +24,7 @@ def _rounded(runtime: Runtime, feeds: dict[str, Array], outputs: dict[str, Array
     return {item.name: item.value for item in runtime.trace("main", feeds) if item.name in outputs}
 
 
-def _task(context: Context, runtime: Runtime) -> dict[str, Any] | None:
+def _task(context: Context, runtime: Runtime, inputs: Sequence[Tensor]) -> dict[str, Any] | None:
     reference = context.results["reference"]
     if "heldout" not in reference.facts:
         return None
@@ -31,10 +32,11 @@ def _task(context: Context, runtime: Runtime) -> dict[str, Any] | None:
 
     with np.load(reference.folder / "heldout.npz", allow_pickle=False) as data:
         x, y, logits = data["x"], data["y"], data["logits"]
-    spec = context.results["lower"].facts["entries"]["main"]["inputs"][0]
+    spec = inputs[0]
     context.say(f"scoring {len(y)} held-out samples")
     first = reference.facts["outputs"][0]
-    ours = np.concatenate([runtime.run("main", {spec["name"]: part})[first] for part in batches(x, spec["shape"][0])])
+    parts = batches(x, spec.shape[0])
+    ours = np.concatenate([runtime.run("main", own_feeds(inputs, {spec.name: part}))[first] for part in parts])
     ours = ours[: len(y)]
     correct = int((ours.argmax(-1) == y).sum())
     expected = reference.facts["heldout"]["correct"]
@@ -49,14 +51,21 @@ def _task(context: Context, runtime: Runtime) -> dict[str, Any] | None:
     }
 
 
-def _fail(context: Context, runtime: Runtime, feeds: dict[str, Array], failed: list[str], tolerance: float) -> None:
+def _fail(
+    context: Context,
+    runtime: Runtime,
+    inputs: Sequence[Tensor],
+    feeds: dict[str, Array],
+    failed: list[str],
+    tolerance: float,
+) -> None:
     context.say("the numbers do not hold; looking for the module at which they diverge first")
     precision = context.job.precision
     fix = "try --precision fp32" if precision != "fp32" else "compare that module's operations with the target's"
     raise CheckFailed(
         "the artifact's numbers do not hold",
         value=failed[0],
-        where=first_divergence(context, runtime, feeds),
+        where=first_divergence(context, runtime, inputs, feeds),
         why=f"tolerance is a relative L2 of {tolerance:g} for {precision}",
         fix=fix,
         details=failed[1:],
@@ -71,12 +80,15 @@ def run(context: Context) -> dict[str, Any]:
             which they diverge first), or the artifact gets more than ``SAMPLES_OFF`` samples more or fewer right.
     """
     job = context.job
-    runtime = targets.get(job.target).open(artifact_of(context.results["lower"], job.precision))
+    target = targets.get(job.target)
+    artifact = artifact_of(context.results["lower"], job.precision)
+    runtime, inputs = target.open(artifact), artifact.entries["main"].inputs
     tolerance = TOLERANCES[job.precision]
     numerics: dict[str, dict[str, Any]] = {}
-    for i, (feeds, reference) in enumerate(context.golden()):
+    for i, (sample_feeds, reference) in enumerate(context.golden()):
+        feeds = own_feeds(inputs, sample_feeds)
         runs = {"as run": runtime.run("main", feeds)}
-        if job.precision == "fp16":
+        if job.precision == "fp16" and target.half_activations:
             runs["every tensor rounded"] = _rounded(runtime, feeds, reference)
         for how, outputs in runs.items():
             # An integer output is not among the traced floats; as run every output must be there.
@@ -89,8 +101,8 @@ def run(context: Context) -> dict[str, Any]:
                 if not n.holds(tolerance)
             ]
             if failed:
-                _fail(context, runtime, feeds, failed, tolerance)
-    task = _task(context, runtime)
+                _fail(context, runtime, inputs, sample_feeds, failed, tolerance)
+    task = _task(context, runtime, inputs)
     if task and abs(task["artifact_correct"] - task["reference_correct"]) > SAMPLES_OFF:
         raise CheckFailed(
             "the artifact's accuracy differs from the model's",

@@ -20,6 +20,7 @@ class OnnxTarget(Target):
 
     name: ClassVar[str] = "onnx"
     runtime_tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
+    half_activations: ClassVar[bool] = True
 
     def availability(self) -> Availability:
         """Found when every package is installed; the versions are the detail."""

@@ -1,0 +1,177 @@
+"""From finished runs to a bundle: its manifest, README and files."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeattn import targets
+from edgeattn.bundle import Bundle, Manifest, write_bundle
+from edgeattn.bundle.manifest import ArtifactInfo, EntryInfo, RuntimeInfo, StageInfo, TensorInfo, Weights
+from edgeattn.core import tools
+from edgeattn.pipeline.job import Job
+from edgeattn.pipeline.run import Finished
+from edgeattn.pipeline.stages.lower import artifact_of
+from edgeattn.targets.base import Tensor, own_feeds
+
+
+def _artifact(job: Job, run: Finished) -> dict[str, Any]:
+    """The fields of one ``ArtifactInfo``; ``job`` is that of its own target."""
+    target = targets.get(job.target)
+    lowered, verified = run.records["lower"].facts, run.records["verify"].facts
+    runtime = target.runtime_tools[0]
+    versions = tools.versions(
+        ("edgeattn", "python", *sorted({*target.lower_tools(job.precision), *target.runtime_tools}))
+    )
+    reference = f"training form, float32, {run.records['reference'].facts['data']}"
+    return {
+        "backend": job.target,
+        "requirement": target.package(),
+        "entries": {
+            name: EntryInfo(
+                file=entry["file"],
+                inputs=tuple(TensorInfo(**t) for t in entry["inputs"]),
+                outputs=tuple(TensorInfo(**t) for t in entry["outputs"]),
+            )
+            for name, entry in lowered["entries"].items()
+        },
+        "runtimes": (RuntimeInfo(name=runtime, version=versions[runtime] or "", machine=tools.host()["machine"]),),
+        "tools": versions,
+        "numerics": {"reference": reference, **verified["numerics"]},
+        "task": verified["task"],
+        "facts": lowered["artifact"],
+        "lint": (*run.records["lint"].facts["findings"], *lowered["findings"]),
+    }
+
+
+def _manifest(job: Job, runs: Mapping[str, Finished], order: Sequence[str], key: str, choice: Any) -> Manifest:
+    resolved = job.resolved
+    jobs = {part.target: part for part in job.parts}
+    first, *others = ({**_artifact(jobs[name], runs[name])} for name in order)
+    stages = {
+        (r.key, f"{name} {target}" if len(runs) > 1 and r.key not in _shared(runs) else name): r
+        for target, run in runs.items()
+        for name, r in run.records.items()
+    }
+    records = runs[order[0]].records
+    return Manifest(
+        **first,
+        name=job.title,
+        target=job.target,
+        precision=job.precision,
+        device=job.device,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        key=key,
+        weights=Weights(
+            kind="random" if resolved.random_weights else "checkpoint",
+            sha256=resolved.checkpoint_sha256,
+            seed=resolved.recipe.seed,
+        ),
+        recipe=resolved.recipe.model_dump(mode="json"),
+        recipe_sha256=resolved.sha256,
+        tolerance=records["verify"].facts["tolerance"],
+        host=tools.host(),
+        stages=tuple(
+            StageInfo(name=name, key=r.key, seconds=round(r.seconds, 3), peak_mb=r.peak_mb)
+            for (_, name), r in stages.items()
+        ),
+        reparam=records["reparameterize"].facts["proof"],
+        alternatives=tuple(ArtifactInfo(**other) for other in others),
+        choice=choice,
+    )
+
+
+def _shared(runs: Mapping[str, Finished]) -> set[str]:
+    """Keys of stages that every run has in common."""
+    return set.intersection(*({r.key for r in run.records.values()} for run in runs.values()))
+
+
+def _readme(manifest: Manifest) -> str:
+    inputs = [
+        f"- `{t.name}` {tuple(t.shape)} {t.dtype}{', channels last' if t.layout else ''}"
+        for t in manifest.entries["main"].inputs
+    ]
+    outputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].outputs]
+    random = manifest.weights.kind == "random"
+    weights = "RANDOM: nothing was trained, the outputs mean nothing" if random else "from a checkpoint"
+    run = []
+    if any(info.requirement for info in manifest.artifacts):
+        run = [
+            "    python run.py                        # check files and golden outputs",
+            f"    python run.py --input {manifest.entries['main'].inputs[0].name}=data.npy   # your own data",
+            "    python run.py --profile              # latency on this device",
+        ]
+    proven = [
+        f"- `{info.backend}`: {', '.join(f'{r.name} {r.version} on {r.machine}' for r in info.runtimes)}"
+        for info in manifest.artifacts
+    ]
+    return "\n".join(
+        [
+            f"# {manifest.name}",
+            "",
+            manifest.recipe["description"],
+            "",
+            f"Made by EdgeAttn {manifest.tools['edgeattn']} on {manifest.created} for target `{manifest.target}`, "
+            f"precision `{manifest.precision}`. Weights: {weights}.",
+            "",
+            *run,
+            f"    edgeattn verify {manifest.name}",
+            "",
+            "Inputs:",
+            *inputs,
+            "",
+            "Outputs:",
+            *outputs,
+            "",
+            "The numbers were proven with:",
+            *proven,
+            "",
+            "Under another runtime `run.py` compares the golden outputs before it does anything else.",
+            *([f"In front: {manifest.choice['front']}. {manifest.choice['why']}", ""] if manifest.choice else [""]),
+            "`manifest.json` holds what was proven, all versions, and the SHA-256 of every file.",
+            "",
+        ]
+    )
+
+
+def _golden(source: Path, inputs: Sequence[Tensor], out: Path) -> Path:
+    """The reference's golden samples with inputs as the artifact takes them."""
+    out.mkdir()
+    for path in sorted(source.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as data:
+            feeds = own_feeds(inputs, {key[3:]: data[key] for key in data.files if key.startswith("in.")})
+            outputs = {key: data[key] for key in data.files if key.startswith("out.")}
+        arrays: dict[str, Any] = {f"in.{name}": value for name, value in feeds.items()}
+        np.savez(out / path.name, **arrays, **outputs)
+    return out
+
+
+def pack(
+    job: Job,
+    runs: Mapping[str, Finished],
+    order: Sequence[str],
+    key: str,
+    choice: Mapping[str, Any] | None,
+    final: Path,
+    *,
+    replace: bool = False,
+) -> Bundle:
+    """Write the bundle ``final``.
+
+    Args:
+        runs: by target. order: their names, the one in front first. key: digest of all that went in.
+        choice: why that one is in front, where there are several.
+        replace: take the place of an existing folder.
+    """
+    manifest = _manifest(job, runs, order, key, choice)
+    files = {run.records["lower"].folder / name: name for run in runs.values() for name in run.records["lower"].files}
+    front = runs[order[0]].records
+    inputs = artifact_of(front["lower"], job.precision).entries["main"].inputs
+    with tempfile.TemporaryDirectory() as folder:
+        golden = _golden(front["reference"].folder / "golden", inputs, Path(folder) / "golden")
+        return write_bundle(final, manifest, files, golden, _readme(manifest), replace=replace)

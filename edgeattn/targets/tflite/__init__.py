@@ -1,0 +1,72 @@
+"""TFLite: a flatbuffer made by litert-torch, run by LiteRT or by the older tflite-runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from edgeattn.core import tools
+from edgeattn.core.errors import ToolchainMissing
+from edgeattn.targets.base import NCHW, NHWC, Artifact, Availability, LowerPlan, Runtime, Target
+
+if TYPE_CHECKING:
+    from edgeattn.capture import Program
+    from edgeattn.device import Device
+    from edgeattn.lint import Finding
+
+#: The runtime that this target's artifacts are made for and proven with.
+LITERT = "ai-edge-litert"
+#: Its predecessor, the only one where LiteRT has no wheel (32-bit Raspberry Pi OS, older images).
+TFLITE_RUNTIME = "tflite-runtime"
+
+
+class TFLiteTarget(Target):
+    """Lowers with litert-torch, quantizes with ai-edge-quantizer, runs with LiteRT."""
+
+    name: ClassVar[str] = "tflite"
+    runtime_tools: ClassVar[tuple[str, ...]] = (LITERT, "numpy")
+    layouts: ClassVar[tuple[str, ...]] = (NCHW, NHWC)
+
+    def availability(self) -> Availability:
+        """Found when every package is installed; the versions are the detail."""
+        found = tools.versions(("litert-torch", "ai-edge-quantizer", LITERT))
+        missing = [name for name, version in found.items() if version is None]
+        if missing:
+            return Availability(False, f"not installed: {', '.join(missing)}", "pip install 'edgeattn[tflite]'")
+        return Availability(True, ", ".join(f"{name} {version}" for name, version in found.items()))
+
+    def precisions(self, device: Device | None) -> tuple[str, ...]:
+        """fp32; weights in float16; weights in int8 whose activations are quantized as the program runs."""
+        return ("fp32", "fp16", "w8")
+
+    def lower_tools(self, precision: str) -> tuple[str, ...]:
+        """The converter's packages; for the smaller precisions the quantizer too."""
+        converter = ("torch", "litert-torch", "litert-converter", LITERT, "jax", "numpy", "flatbuffers")
+        return converter if precision == "fp32" else (*converter, "ai-edge-quantizer")
+
+    def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
+        """See ``Target.lower``; one file whose signatures are the entries."""
+        availability = self.availability()
+        if not availability.found:
+            raise ToolchainMissing("the TFLite converter is missing", why=availability.detail, fix=availability.fix)
+        from edgeattn.targets.tflite.lower import lower
+
+        return lower(program, plan, out)
+
+    def open(self, artifact: Artifact) -> Runtime:
+        """A LiteRT interpreter, made at the first run; tflite-runtime where that alone is installed."""
+        if all(tools.version(name) is None for name in (LITERT, TFLITE_RUNTIME)):
+            raise ToolchainMissing("LiteRT is missing", why=f"not installed: {LITERT}", fix=f"pip install {LITERT}")
+        from edgeattn.targets.tflite.runtime import LiteRuntime
+
+        return LiteRuntime(artifact)
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """See ``Target.lint``; the rules are in ``lint.toml``."""
+        from edgeattn.targets.tflite.lint import lint
+
+        return lint(program, device)
+
+    def package(self) -> str:
+        """The runner needs LiteRT, or where it has no wheel tflite-runtime."""
+        return LITERT

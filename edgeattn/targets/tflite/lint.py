@@ -1,0 +1,91 @@
+"""TFLite's lint: patterns of ``lint.toml`` in a captured program and in a flatbuffer."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeattn.lint import Finding, RuleBook
+from edgeattn.targets.tflite import TFLITE_RUNTIME
+
+if TYPE_CHECKING:
+    from edgeattn.capture import Program
+    from edgeattn.device import Device
+
+
+@cache
+def _book() -> RuleBook:
+    return RuleBook(Path(__file__).with_name("lint.toml"))
+
+
+def _module(node: Any) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _needs_window(node: Any) -> bool:
+    """An average pooling whose divisor changes at the border."""
+    defaults = (None, None, [], 0, False, True, None)
+    _, kernel, stride, padding, ceil_mode, counts_padding, divisor = (*node.args, *defaults[len(node.args) :])
+    padded = any(padding if isinstance(padding, list | tuple) else [padding])
+    if divisor is not None or (padded and not counts_padding):
+        return True
+    if not ceil_mode:
+        return False
+    # With sizes that divide, ceil_mode changes nothing, but the converter keeps it.
+    return not counts_padding or padded or bool(kernel)
+
+
+def lint(program: Program, device: Device | None) -> list[Finding]:
+    """Findings in the captured program, before any conversion.
+
+    Args:
+        device: whose runtime is asked for; findings about tflite-runtime are errors on a device that has no other.
+    """
+    import torch
+
+    aten = torch.ops.aten
+    old = device is not None and device.runtimes.get("tflite") == TFLITE_RUNTIME
+    found = []
+    for name, entry in program.entries.items():
+        wide = {
+            node.name
+            for node in entry.graph.graph.nodes
+            if node.op == "placeholder" and getattr(node.meta.get("val"), "dtype", None) == torch.int64
+        }
+        for shown, inner in zip(entry.inputs, entry.graph.graph_signature.user_inputs, strict=True):
+            if inner in wide:
+                found.append(_book().finding("int64-input", "", f"input {shown} of entry {name}"))
+        for node in entry.graph.graph.nodes:
+            target = node.target
+            if target is aten.avg_pool2d.default and _needs_window(node):
+                found.append(_book().finding("ceil-mode-pool", _module(node), str(node.name), "error" if old else None))
+            elif "batch_norm" in str(target):
+                found.append(_book().finding("batch-norm-left", _module(node), str(node.name)))
+    return found
+
+
+def lint_flatbuffer(model: Any, entry: str, facts: dict[str, Any], data: bytes) -> list[Finding]:
+    """Findings in a converted entry.
+
+    Args:
+        facts: what ``flatbuffer.facts`` says of it.
+        data: the file, which LiteRT loads to say what XNNPACK takes.
+    """
+    found = []
+    moved = Counter((item["module"], item["of"]) for item in facts["transposes"])
+    for (module, of), count in moved.items():
+        found.append(_book().finding("transpose", module, f"{count} at the {of}" if of != "graph" else f"{count}"))
+    if "STABLEHLO_REDUCE_WINDOW" in facts["nodes"]:
+        found.append(_book().finding("reduce-window", "", f"{facts['nodes']['STABLEHLO_REDUCE_WINDOW']} in {entry}"))
+    from edgeattn.targets.tflite.xnnpack import falls_off
+
+    outside: dict[str, Counter[str]] = defaultdict(Counter)
+    for module, operator in falls_off(model, entry, data):
+        outside[module][operator] += 1
+    for module, operators in outside.items():
+        detail = ", ".join(f"{count} {name}" for name, count in operators.most_common())
+        found.append(_book().finding("off-xnnpack", module, detail))
+    return found

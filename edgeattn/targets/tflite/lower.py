@@ -1,0 +1,187 @@
+"""From a captured program to one .tflite file: every entry a signature, weights shared."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor as TorchTensor
+from torch import fx, nn
+
+from edgeattn.capture import Entry, Program
+from edgeattn.core.errors import ConversionFailed, EdgeAttnError
+from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.tflite import flatbuffer, versions
+from edgeattn.targets.tflite.heads import without_transposes
+from edgeattn.targets.tflite.lint import lint_flatbuffer
+from edgeattn.targets.tflite.quantize import quantize
+
+#: One file holds all entries.
+FILE = "model.tflite"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The converter logs every step, and its own libraries complain about GPUs at import."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _ChannelsLast(nn.Module):
+    """Takes images as (B, H, W, C) where the graph takes (B, C, H, W)."""
+
+    def __init__(self, graph: nn.Module, images: frozenset[int]) -> None:
+        super().__init__()
+        self.graph, self.images = graph, images
+
+    def forward(self, *inputs: TorchTensor) -> Any:
+        """inputs in the order of the graph, images as (B, H, W, C) -> the graph's outputs."""
+        return self.graph(*(x.permute(0, 3, 1, 2) if i in self.images else x for i, x in enumerate(inputs)))
+
+
+def _mark(module: fx.GraphModule) -> None:
+    """Have the converter name tensors by the full path of their torch module; of its own it leaves parts out."""
+    for node in module.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0] if stack else ""
+        node.meta["nn_module_stack"] = {"": ("", f"{flatbuffer.MARK}{path}{flatbuffer.MARK}")}
+
+
+def _fake_inputs(entry: Entry) -> list[torch.Tensor]:
+    """Zeros in the shape and dtype of every input."""
+    names = entry.graph.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in entry.graph.graph.nodes if node.op == "placeholder"}
+    return [torch.zeros(values[name].shape, dtype=values[name].dtype) for name in names if isinstance(name, str)]
+
+
+def _prepare(entry: Entry, layout: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], frozenset[int], int]:
+    """The entry's module, example inputs, which of them are images with channels last, and rewritten projections."""
+    module = entry.graph.module()
+    rewritten = without_transposes(module)
+    _mark(module)
+    inputs = _fake_inputs(entry)
+    if layout != NHWC:
+        return module, tuple(inputs), frozenset(), rewritten
+    images = frozenset(i for i, x in enumerate(inputs) if x.ndim == 4 and x.is_floating_point())
+    last = [x.permute(0, 2, 3, 1).contiguous() if i in images else x for i, x in enumerate(inputs)]
+    return _ChannelsLast(module, images).eval(), tuple(last), images, rewritten
+
+
+def _convert(program: Program, layout: str) -> tuple[bytes, dict[str, frozenset[int]], dict[str, int]]:
+    images: dict[str, frozenset[int]] = {}
+    rewritten: dict[str, int] = {}
+    with _quiet():
+        from litert_torch._convert import core
+        from litert_torch._convert.signature import Signature
+
+        signatures = []
+        for name, entry in program.entries.items():
+            module, inputs, images[name], rewritten[name] = _prepare(entry, layout)
+            signatures.append(Signature(name, module, inputs, {}))
+        try:
+            return core.convert_signatures(signatures).model_content(), images, rewritten
+        except EdgeAttnError:
+            raise
+        except Exception as error:
+            raise _failure(program, error) from error
+
+
+def _failure(program: Program, error: Exception) -> ConversionFailed:
+    """Every operation that the converter has no lowering for, with its module path; or its own reason."""
+    from litert_torch import fx_infra
+    from litert_torch.backend.lowerings import registry
+
+    found: set[str] = set()
+    with _quiet(), contextlib.suppress(Exception):
+        for entry in program.entries.values():
+            graph = fx_infra.safe_run_decompositions(entry.graph, fx_infra.decomp.pre_convert_decomp())
+            graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp())
+            for node in graph.graph.nodes:
+                if node.op != "call_function" or "getitem" in str(node.target):
+                    continue
+                if registry.global_registry.lookup(node.target) is None:
+                    stack = list((node.meta.get("nn_module_stack") or {}).values())
+                    found.add(f"{node.target} in module {stack[-1][0] if stack and stack[-1][0] else '(model)'}")
+    if found:
+        return ConversionFailed(
+            "operations have no TFLite form",
+            why=f"{len(found)} found",
+            fix="write them with other PyTorch operations",
+            details=sorted(found),
+        )
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    modules = sorted(set(re.findall(f"{flatbuffer.MARK}([^{flatbuffer.MARK};]*){flatbuffer.MARK}", str(error))))
+    return ConversionFailed(
+        "the TFLite converter failed",
+        why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400],
+        where=f"module {', '.join(m or '(model)' for m in modules[:5])}" if modules else None,
+        details=lines[1:6],
+    )
+
+
+def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
+    """Write ``model.tflite`` into ``out``: a signature for each entry, with the recipe's names.
+
+    64-bit integers become 32-bit ones: a device's runtime takes no others. With ``plan.layout`` NHWC, float inputs of
+    four dimensions are taken as (B, H, W, C), which saves the transpose at the start.
+
+    Raises:
+        ConversionFailed: lists the operations without a TFLite form and their modules, or those that the device's
+            runtime does not know.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax, which the converter traces with, looks for a TPU otherwise
+    data, images, rewritten = _convert(program, plan.layout)
+    model = flatbuffer.read(data)
+    flatbuffer.distinct_names(model)
+    if plan.precision != "fp32":
+        model = quantize(model, plan)
+    for name, entry in program.entries.items():
+        flatbuffer.rename(model, name, entry.inputs, entry.outputs)
+    flatbuffer.share_weights(model)
+    versions.check(model, plan.runtime, plan.precision)
+    flatbuffer.add_metadata(model, {**plan.metadata, "precision": plan.precision})
+    written = flatbuffer.write(model)
+    (out / FILE).write_bytes(written)
+    entries, facts, findings = {}, {}, []
+    for name, entry in program.entries.items():
+        item = flatbuffer.signature(model, name)
+        graph = model.subgraphs[item.subgraphIndex]
+        where = {flatbuffer.text(t.name): t.tensorIndex for t in (*item.inputs, *item.outputs)}
+        entries[name] = ArtifactEntry(
+            FILE,
+            tuple(
+                flatbuffer.tensor_of(graph, where[n], n, NHWC if i in images[name] else "")
+                for i, n in enumerate(entry.inputs)
+            ),
+            tuple(flatbuffer.tensor_of(graph, where[n], n) for n in entry.outputs),
+        )
+        facts[name] = {
+            **flatbuffer.facts(model, name),
+            "weight_bytes": flatbuffer.weight_bytes(model),
+            "projections_without_transpose": rewritten[name],
+        }
+        findings += lint_flatbuffer(model, name, facts[name], written)
+    return Artifact(
+        out,
+        plan.precision,
+        entries,
+        {"runtime": plan.runtime, "operator_versions": flatbuffer.operator_versions(model), "entries": facts},
+        findings,
+    )

@@ -1,0 +1,45 @@
+"""Which operations of a flatbuffer XNNPACK takes, asked of LiteRT itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeattn.targets.tflite import flatbuffer
+
+
+def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
+    """(torch module, operator) of every operation that LiteRT keeps for its own kernels, in order.
+
+    LiteRT lists a delegate's nodes with their inputs and outputs; what lies between those is the delegate's. Only the
+    first graph of a file is delegated where it can be asked, so that other entries give nothing.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    if flatbuffer.signature(model, entry).subgraphIndex != 0:
+        return []
+    try:
+        interpreter = Interpreter(model_content=data, num_threads=1)
+        interpreter.allocate_tensors()
+    except (ValueError, RuntimeError):
+        return []  # verification says so, with its reason
+    graph = model.subgraphs[0]
+    maker = {int(tensor): i for i, operator in enumerate(graph.operators) for tensor in operator.outputs}
+    taken: set[int] = set()
+    for node in interpreter._get_ops_details():
+        if node["op_name"] != "DELEGATE":
+            continue
+        border = {int(t) for t in node["inputs"]}
+        waiting = [int(t) for t in node["outputs"]]
+        while waiting:
+            made_by = maker.get(waiting.pop())
+            if made_by is not None and made_by not in taken:
+                taken.add(made_by)
+                waiting += [int(t) for t in graph.operators[made_by].inputs if int(t) not in border]
+    return [
+        (
+            flatbuffer.module_of(flatbuffer.text(graph.tensors[operator.outputs[0]].name)),
+            flatbuffer.operator_name(model, operator),
+        )
+        for i, operator in enumerate(graph.operators)
+        if i not in taken
+    ]
