@@ -125,7 +125,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
             inside = sides.count("graph")
             facts.add_row(
                 f"transposes ({escape(name)})",
-                f"{len(sides)} of {sum(entry['nodes'].values())} nodes: {inside} inside, {len(sides) - inside} at inputs and outputs",
+                f"{len(sides)} of {sum(entry['nodes'].values())} nodes: {inside} inside, "
+                f"{len(sides) - inside} at inputs and outputs",
             )
     for finding in info.lint:
         if finding["severity"] != "note":

@@ -1,4 +1,4 @@
-"""Lint: what is known to go wrong or slow on a target. Rules are data; a target's folder holds its own ``lint.toml``."""
+"""Lint: what is known to go wrong or slow on a target. Rules are data, each target's in its own ``lint.toml``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def choose(bundle: Bundle, device: str | None, progress: Progress) -> dict[str, 
     middle = {name: statistics.median(values) for name, values in medians.items()}
     order = sorted(middle, key=lambda name: middle[name])
     ratios = [slow / fast for slow, fast in zip(medians[order[-1]], medians[order[0]], strict=True)]
-    spread = f"{order[-1]} takes {middle[order[-1]] / middle[order[0]]:.2f} times as long [{min(ratios):.2f}-{max(ratios):.2f}]"
+    ratio = middle[order[-1]] / middle[order[0]]
+    spread = f"{order[-1]} takes {ratio:.2f} times as long [{min(ratios):.2f}-{max(ratios):.2f}]"
     how = f"one thread, medians of {ROUNDS} interleaved rounds"
     if expected:
         why = (

@@ -14,7 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from edgeattn.targets.base import Tensor
 
 #: Around the path of the torch module in a tensor's name, put there by ``lower`` and read by ``module_of``.
-MARK = "@"
+MARK = "|"
 
 _FILE_IDENTIFIER = b"TFL3"
 

@@ -1,7 +1,7 @@
 """Attention heads without transposes: projections of (B, C, H, W) maps as one matmul for each head.
 
-LiteRT keeps images as (B, H, W, C), so that a map (B, heads * d, H, W) which is split into heads has to be transposed to
-(B, heads, H * W, d) first, once each for queries, keys and values. A 1x1 convolution is a matmul; with its weights
+LiteRT keeps images as (B, H, W, C), so that a map (B, heads * d, H, W) which is split into heads has to be transposed
+to (B, heads, H * W, d) first, once each for queries, keys and values. A 1x1 convolution is a matmul; with its weights
 split by heads, (heads, C, d), and the tokens broadcast over the heads, it gives that very layout with no transpose.
 """
 

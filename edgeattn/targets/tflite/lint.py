@@ -28,14 +28,10 @@ def _module(node: Any) -> str:
 def _needs_window(node: Any) -> bool:
     """An average pooling whose divisor changes at the border."""
     defaults = (None, None, [], 0, False, True, None)
-    _, kernel, stride, padding, ceil_mode, counts_padding, divisor = (*node.args, *defaults[len(node.args) :])
+    *_, padding, ceil_mode, counts_padding, divisor = (*node.args, *defaults[len(node.args) :])
     padded = any(padding if isinstance(padding, list | tuple) else [padding])
-    if divisor is not None or (padded and not counts_padding):
-        return True
-    if not ceil_mode:
-        return False
-    # With sizes that divide, ceil_mode changes nothing, but the converter keeps it.
-    return not counts_padding or padded or bool(kernel)
+    # Where the sizes divide, ceil_mode changes no value, but the converter does not see that.
+    return bool(ceil_mode) or divisor is not None or (padded and not counts_padding)
 
 
 def lint(program: Program, device: Device | None) -> list[Finding]:

@@ -10,11 +10,9 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor as TorchTensor
-from torch import fx, nn
+from torch import fx
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError
@@ -41,16 +39,20 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-class _ChannelsLast(nn.Module):
-    """Takes images as (B, H, W, C) where the graph takes (B, C, H, W)."""
-
-    def __init__(self, graph: nn.Module, images: frozenset[int]) -> None:
-        super().__init__()
-        self.graph, self.images = graph, images
-
-    def forward(self, *inputs: TorchTensor) -> Any:
-        """inputs in the order of the graph, images as (B, H, W, C) -> the graph's outputs."""
-        return self.graph(*(x.permute(0, 3, 1, 2) if i in self.images else x for i, x in enumerate(inputs)))
+def _channels_last(module: fx.GraphModule, images: frozenset[int]) -> None:
+    """Let the graph take these of its inputs as (B, H, W, C) instead of (B, C, H, W)."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in [n for n in graph.nodes if n.op == "call_module" and "_guards" in str(n.target)]:
+        graph.erase_node(node)  # compares the inputs with the shapes of the capture
+    for index in images:
+        node = placeholders[index]
+        with graph.inserting_after(placeholders[-1]):
+            first = graph.call_function(torch.ops.aten.permute.default, (node, [0, 3, 1, 2]))
+        node.replace_all_uses_with(first, delete_user_cb=lambda user, first=first: user is not first)
+        first.meta["val"] = node.meta["val"]
+        node.meta["val"] = node.meta["val"].permute(0, 2, 3, 1)
+    module.recompile()
 
 
 def _mark(module: fx.GraphModule) -> None:
@@ -61,24 +63,26 @@ def _mark(module: fx.GraphModule) -> None:
         node.meta["nn_module_stack"] = {"": ("", f"{flatbuffer.MARK}{path}{flatbuffer.MARK}")}
 
 
-def _fake_inputs(entry: Entry) -> list[torch.Tensor]:
+def _zeros(entry: Entry) -> list[torch.Tensor]:
     """Zeros in the shape and dtype of every input."""
     names = entry.graph.graph_signature.user_inputs
     values = {node.name: node.meta["val"] for node in entry.graph.graph.nodes if node.op == "placeholder"}
     return [torch.zeros(values[name].shape, dtype=values[name].dtype) for name in names if isinstance(name, str)]
 
 
-def _prepare(entry: Entry, layout: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], frozenset[int], int]:
+def _prepare(entry: Entry, layout: str) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...], frozenset[int], int]:
     """The entry's module, example inputs, which of them are images with channels last, and rewritten projections."""
     module = entry.graph.module()
+    assert isinstance(module, fx.GraphModule)
     rewritten = without_transposes(module)
+    inputs = _zeros(entry)
+    images: frozenset[int] = frozenset()
+    if layout == NHWC:
+        images = frozenset(i for i, x in enumerate(inputs) if x.ndim == 4 and x.is_floating_point())
+        inputs = [x.permute(0, 2, 3, 1).contiguous() if i in images else x for i, x in enumerate(inputs)]
+        _channels_last(module, images)
     _mark(module)
-    inputs = _fake_inputs(entry)
-    if layout != NHWC:
-        return module, tuple(inputs), frozenset(), rewritten
-    images = frozenset(i for i, x in enumerate(inputs) if x.ndim == 4 and x.is_floating_point())
-    last = [x.permute(0, 2, 3, 1).contiguous() if i in images else x for i, x in enumerate(inputs)]
-    return _ChannelsLast(module, images).eval(), tuple(last), images, rewritten
+    return module, tuple(inputs), images, rewritten
 
 
 def _convert(program: Program, layout: str) -> tuple[bytes, dict[str, frozenset[int]], dict[str, int]]:
@@ -127,7 +131,8 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
     while first.__cause__ is not None:
         first = first.__cause__
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    modules = sorted(set(re.findall(f"{flatbuffer.MARK}([^{flatbuffer.MARK};]*){flatbuffer.MARK}", str(error))))
+    mark = re.escape(flatbuffer.MARK)
+    modules = sorted(set(re.findall(f"{mark}([^{mark};\\s]*){mark}", str(error))))
     return ConversionFailed(
         "the TFLite converter failed",
         why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400],
