@@ -18,7 +18,7 @@ import sys
 from typing import Any, Callable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Problem(Exception):

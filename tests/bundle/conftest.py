@@ -60,6 +60,8 @@ def manifest(**changes: object) -> Manifest:
                 ),
             )
         },
+        "backend": "onnx",
+        "runtimes": [{"name": "onnxruntime", "version": "1", "machine": "x"}],
         "requirement": "onnxruntime",
         "tolerance": 1e-05,
         "tools": {"onnxruntime": "1"},

@@ -18,7 +18,7 @@ def check(path) -> None:
     """What ``verify`` does before it computes anything."""
     bundle = Bundle.open(path)
     bundle.check_files()
-    bundle.artifact
+    bundle.artifact()
 
 
 def test_a_bundle_verifies(tiny):

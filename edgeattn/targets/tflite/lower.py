@@ -20,6 +20,7 @@ from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan
 from edgeattn.targets.tflite import flatbuffer, versions
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
+from edgeattn.targets.tflite.matmul import matmuls
 from edgeattn.targets.tflite.quantize import quantize
 
 #: One file holds all entries.
@@ -155,6 +156,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     data, images, rewritten = _convert(program, plan.layout)
     model = flatbuffer.read(data)
     flatbuffer.distinct_names(model)
+    matmuls(model)
     if plan.precision != "fp32":
         model = quantize(model, plan)
     for name, entry in program.entries.items():

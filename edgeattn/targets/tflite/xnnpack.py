@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgeattn.core.errors import CheckFailed
 from edgeattn.targets.tflite import flatbuffer
+from edgeattn.targets.tflite.litert import interpreter
 
 
 def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
@@ -13,19 +15,16 @@ def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
     LiteRT lists a delegate's nodes with their inputs and outputs; what lies between those is the delegate's. Only the
     first graph of a file is delegated where it can be asked, so that other entries give nothing.
     """
-    from ai_edge_litert.interpreter import Interpreter
-
     if flatbuffer.signature(model, entry).subgraphIndex != 0:
         return []
     try:
-        interpreter = Interpreter(model_content=data, num_threads=1)
-        interpreter.allocate_tensors()
-    except (ValueError, RuntimeError):
+        opened = interpreter(data)
+    except CheckFailed:
         return []  # verification says so, with its reason
     graph = model.subgraphs[0]
     maker = {int(tensor): i for i, operator in enumerate(graph.operators) for tensor in operator.outputs}
     taken: set[int] = set()
-    for node in interpreter._get_ops_details():
+    for node in opened._get_ops_details():
         if node["op_name"] != "DELEGATE":
             continue
         border = {int(t) for t in node["inputs"]}
