@@ -1,32 +1,48 @@
 #!/usr/bin/env python3
-"""Runs this bundle on a device: Python 3.9+, NumPy and the runtime, no PyTorch and no EdgeAttn.
+"""Runs this bundle on a device: Python 3.9+, NumPy and a runtime, no PyTorch and no EdgeAttn.
 
     python run.py                      check all files and the golden outputs (the same as --verify)
+    python run.py --profile            measure the latency
     python run.py --input x=photo.npy  run on your own data; outputs go to output.NAME.npy
-    python run.py --json               the result as JSON
+    python run.py ... --json           the result as JSON
 
-Exit codes: 0 the numbers hold, 1 they do not, 2 usage, 3 the runtime is missing.
+Before --profile and --input the golden outputs are compared once for each machine and runtime: a runtime that computes
+something else is refused. Exit codes: 0 the numbers hold, 1 they do not, 2 usage, 3 the runtime is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
+import platform
+import signal
+import subprocess
 import sys
+import time
+from importlib import metadata
 from typing import Any, Callable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCHEMA_VERSION = 2
 
+#: Modules of the runtimes that can run an artifact, the one that is preferred first.
+MODULES = {
+    "onnx": {"onnxruntime": "onnxruntime"},
+    "tflite": {"ai-edge-litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"},
+}
+Run = Callable[["dict[str, Any]"], "dict[str, Any]"]
+
 
 class Problem(Exception):
-    """An error with its exit code."""
+    """An error with its exit code and what to do."""
 
-    def __init__(self, code: int, text: str) -> None:
+    def __init__(self, code: int, text: str, fix: str = "") -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.fix = code, fix
 
 
 def place(name: str) -> str:
@@ -39,44 +55,99 @@ def place(name: str) -> str:
 
 def check_files(manifest: dict[str, Any]) -> None:
     """The manifest is as it was sealed; every file is there and has the bytes that were proven."""
+    again = "copy the bundle again"
     with open(os.path.join(HERE, "manifest.json"), "rb") as handle:
         written = handle.read()
     if written != (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode():
-        raise Problem(1, "manifest.json was changed: it is not as it was written; copy the bundle again")
+        raise Problem(1, "manifest.json was changed: it is not as it was written", again)
     content = {key: value for key, value in manifest.items() if key != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != manifest["digest"]:
-        raise Problem(1, "manifest.json was changed: its digest does not fit its content; copy the bundle again")
+        raise Problem(1, "manifest.json was changed: its digest does not fit its content", again)
     for name, info in sorted(manifest["files"].items()):
         path, digest = place(name), hashlib.sha256()
         if not os.path.isfile(path):
-            raise Problem(1, f"{name} is missing; copy the bundle again")
+            raise Problem(1, f"{name} is missing", again)
         with open(path, "rb") as handle:
             for piece in iter(lambda: handle.read(1 << 20), b""):
                 digest.update(piece)
         if digest.hexdigest() != info["sha256"]:
-            raise Problem(1, f"{name} was changed: its SHA-256 does not fit the manifest; copy the bundle again")
+            raise Problem(1, f"{name} was changed: its SHA-256 does not fit the manifest", again)
 
 
-def open_runtime(manifest: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], str]:
-    """A function (entry, feeds) -> outputs by name, and the runtime's name and version."""
+def parts_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The artifacts, the one in front first."""
+    return [manifest, *manifest["alternatives"]]
+
+
+def part_of(manifest: dict[str, Any], backend: str | None) -> dict[str, Any]:
+    """The artifact of a backend; without one the first whose runtime is installed."""
+    parts = parts_of(manifest)
+    if backend is None:
+        return next((part for part in parts if runtime_name(part)), parts[0])
+    for part in parts:
+        if part["backend"] == backend:
+            return part
+    raise Problem(2, f"no backend {backend!r}; there are {', '.join(p['backend'] for p in parts)}")
+
+
+def runtime_name(part: dict[str, Any]) -> str:
+    """The distribution that would run the artifact here; "" if none is installed."""
+    known = MODULES.get(part["backend"], {})
+    return next((name for name, module in known.items() if importlib.util.find_spec(module)), "")
+
+
+def install_line(part: dict[str, Any]) -> str:
+    """What brings the runtime to this machine."""
+    if part["backend"] == "tflite" and platform.machine() in ("armv6l", "armv7l"):
+        return "python3 -m pip install 'numpy<2' tflite-runtime"
+    return f"python3 -m pip install numpy {part['requirement']}"
+
+
+def open_entry(part: dict[str, Any], entry: str, threads: int) -> tuple[Run, str]:
+    """A function from inputs to outputs by name, ready to run, and the runtime's name and version."""
+    name, spec = runtime_name(part), part["entries"][entry]
+    names = [output["name"] for output in spec["outputs"]]
     try:
         import numpy  # noqa: F401
-        import onnxruntime
+
+        if name == "onnxruntime":
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(place(spec["file"]), options, providers=["CPUExecutionProvider"])
+            return lambda feeds: dict(zip(names, session.run(names, feeds))), f"{name} {onnxruntime.__version__}"  # noqa: B905
+        if not name:
+            raise ImportError(f"no runtime for {part['backend']} is installed")
+        interpreter_of = importlib.import_module(f"{MODULES['tflite'][name]}.interpreter").Interpreter
     except ImportError as error:
-        raise Problem(3, f"{error}; install it with: pip install numpy {manifest['requirement']}") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    sessions: dict[str, Any] = {}
+        raise Problem(3, str(error), install_line(part)) from error
+    interpreter = interpreter_of(model_path=place(spec["file"]), num_threads=threads)
+    interpreter.allocate_tensors()
+    runner = interpreter.get_signature_runner(entry)
 
-    def run(entry: str, feeds: dict[str, Any]) -> dict[str, Any]:
-        if entry not in sessions:
-            path = place(manifest["entries"][entry]["file"])
-            sessions[entry] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [output["name"] for output in manifest["entries"][entry]["outputs"]]
-        return dict(zip(names, sessions[entry].run(names, feeds)))  # noqa: B905 (Python 3.9)
+    def run(feeds: dict[str, Any]) -> dict[str, Any]:
+        outputs = runner(**feeds)
+        return {name: outputs[name] for name in names}
 
-    return run, f"onnxruntime {onnxruntime.__version__}"
+    return run, f"{name} {metadata.version(name)}"
+
+
+def fitted(part: dict[str, Any], entry: str, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Feeds with integers as wide as the artifact takes them."""
+    import numpy as np
+
+    given = dict(feeds)
+    for spec in part["entries"][entry]["inputs"]:
+        value, wanted = given[spec["name"]], np.dtype(spec["dtype"])
+        if value.dtype != wanted and value.dtype.kind in "iu" and wanted.kind in "iu":
+            limits = np.iinfo(wanted)
+            if value.size and (value.min() < limits.min or value.max() > limits.max):
+                raise Problem(2, f"input {spec['name']} does not fit {wanted}: {value.min()} to {value.max()}")
+            given[spec["name"]] = value.astype(wanted)
+    return given
 
 
 def relative_l2(reference: Any, value: Any) -> float:
@@ -90,37 +161,265 @@ def relative_l2(reference: Any, value: Any) -> float:
     return error / norm if norm else (0.0 if error == 0 else float("inf"))
 
 
-def verify(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Re-hash all files and re-run the golden inputs."""
+def golden_samples(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(file, entry) of every golden sample."""
+    names = sorted(name for name in manifest["files"] if name.startswith("golden/"))
+    return [(name, name.split("/")[1].split("-")[0]) for name in names]
+
+
+def compare_golden(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Re-run the golden inputs of one artifact in this process."""
     import numpy as np
 
-    check_files(manifest)
-    run, runtime = open_runtime(manifest)
-    worst = 0.0
-    golden = sorted(name for name in manifest["files"] if name.startswith("golden/"))
-    for name in golden:
-        entry = name.split("/")[1].split("-")[0]
+    worst, where, runtime = 0.0, "", ""
+    samples = golden_samples(manifest)
+    opened = {entry: open_entry(part, entry, threads) for entry in sorted({entry for _, entry in samples})}
+    for name, entry in samples:
         with np.load(place(name), allow_pickle=False) as data:
-            outputs = run(entry, {key[3:]: data[key] for key in data.files if key.startswith("in.")})
+            feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
+            run, runtime = opened[entry]
+            outputs = run(fitted(part, entry, feeds))
             for key in (key for key in data.files if key.startswith("out.")):
-                worst = max(worst, relative_l2(data[key], outputs[key[4:]]))
+                distance = relative_l2(data[key], outputs[key[4:]])
+                if distance > worst or not where:
+                    worst, where = distance, f"{key[4:]} of {name}"
     return {
-        "bundle": manifest["name"],
+        "backend": part["backend"],
         "runtime": runtime,
-        "python": sys.version.split()[0],
-        "golden": len(golden),
+        "golden": len(samples),
         "worst_relative_l2": worst if worst != float("inf") else None,
-        "tolerance": manifest["tolerance"],
-        "holds": bool(golden) and worst <= manifest["tolerance"],
+        "worst_at": where,
+        "proven": runtime in [f"{r['name']} {r['version']}" for r in part["runtimes"]],
+        "holds": bool(samples) and worst <= manifest["tolerance"],
     }
 
 
-def run_inputs(manifest: dict[str, Any], texts: list[str], entry: str) -> dict[str, Any]:
+def golden_apart(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The same in a process of its own: a runtime that cannot run the artifact may crash instead of saying so."""
+    if os.environ.get("EDGEATTN_IN_PROCESS"):  # under an emulator, which no child would run in
+        return compare_golden(manifest, part, threads)
+    words = [
+        sys.executable,
+        os.path.abspath(__file__),
+        "--golden",
+        part["backend"],
+        "--threads",
+        str(threads),
+        "--json",
+    ]
+    done = subprocess.run(words, capture_output=True, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise Problem(
+            1, f"{runtime_name(part)} crashed on the golden inputs of {part['backend']} ({name})", advice(part)
+        )
+    try:
+        result: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise Problem(1, f"the check of {part['backend']} gave no result: {' '.join(tail)}") from None
+    if "error" in result:
+        raise Problem(result["exit_code"], result["error"], result.get("fix", ""))
+    return result
+
+
+def advice(part: dict[str, Any]) -> str:
+    """Which runtime to use instead."""
+    proven = ", ".join(f"{r['name']} {r['version']} ({r['machine']})" for r in part["runtimes"])
+    return f"use the runtime that the numbers were proven with: {proven}; or export for this one (--device)"
+
+
+def verify(manifest: dict[str, Any], backend: str | None, threads: int) -> dict[str, Any]:
+    """Re-hash all files and re-run the golden inputs of every artifact whose runtime is here."""
+    check_files(manifest)
+    wanted = [part_of(manifest, backend)] if backend else parts_of(manifest)
+    results = [
+        golden_apart(manifest, part, threads)
+        if runtime_name(part)
+        else {"backend": part["backend"], "missing": part["requirement"], "fix": install_line(part)}
+        for part in wanted
+    ]
+    ran = [result for result in results if "missing" not in result]
+    if not ran:
+        raise Problem(3, f"no runtime for {', '.join(p['backend'] for p in wanted)} is installed", results[0]["fix"])
+    worst = [result["worst_relative_l2"] for result in ran]
+    return {
+        "runtime": ran[0]["runtime"],
+        "golden": ran[0]["golden"],
+        "worst_relative_l2": None if None in worst else max(worst),
+        "tolerance": manifest["tolerance"],
+        "parts": results,
+        "holds": all(result["holds"] for result in ran),
+    }
+
+
+def check_first_use(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> None:
+    """Compare the golden outputs if this machine and runtime were not found to hold before."""
+    check_files(manifest)
+    name = runtime_name(part)
+    if not name:
+        raise Problem(3, f"no runtime for {part['backend']} is installed", install_line(part))
+    about = [
+        manifest["digest"],
+        part["backend"],
+        name,
+        metadata.version(name),
+        sys.version,
+        platform.machine(),
+        cpu_model(),
+    ]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    mark = os.path.join(cache, "edgeattn", "proven", hashlib.sha256(json.dumps(about).encode()).hexdigest())
+    if os.path.exists(mark):
+        return
+    result = golden_apart(manifest, part, threads)
+    if not result["holds"]:
+        raise Problem(
+            1,
+            f"refused: {result['runtime']} computes the golden outputs wrongly: relative L2 "
+            f"{result['worst_relative_l2']} on {result['worst_at']}, allowed {manifest['tolerance']:g}",
+            advice(part),
+        )
+    try:
+        os.makedirs(os.path.dirname(mark), exist_ok=True)
+        with open(mark, "w", encoding="utf-8"):
+            pass
+    except OSError:
+        pass  # it is checked again next time
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as handle:
+            return handle.read().strip()
+    except OSError:
+        return ""
+
+
+def cpu_model() -> str:
+    """As the system names it."""
+    model = _read("/proc/device-tree/model").strip("\0")
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.lower().startswith("model name"):
+            return line.partition(":")[2].strip() + (f" ({model})" if model else "")
+    return model or platform.processor() or platform.machine()
+
+
+#: Bits of the Raspberry Pi firmware's get_throttled; 16 higher for what has happened since the start.
+THROTTLED = {0: "under-voltage", 1: "ARM frequency capped", 2: "throttled", 3: "soft temperature limit"}
+
+
+def machine_state() -> dict[str, Any]:
+    """Temperature, clock and throttling, where the system has them."""
+    zones = [_read(f"/sys/class/thermal/thermal_zone{i}/temp") for i in range(16)]
+    degrees = [int(zone) / 1000 for zone in zones if zone.lstrip("-").isdigit()]
+    clock = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    throttled = None
+    try:
+        done = subprocess.run(["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, timeout=5, check=False)
+        bits = int(done.stdout.decode().partition("=")[2], 16)
+        throttled = [text for bit, text in THROTTLED.items() if bits >> bit & 1]
+        throttled += [f"{text} has occurred" for bit, text in THROTTLED.items() if bits >> (bit + 16) & 1]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        pass
+    return {
+        "temperature_c": max(degrees) if degrees else None,
+        "clock_mhz": int(clock) / 1000 if clock.isdigit() else None,
+        "throttled": throttled,
+    }
+
+
+def profile(
+    manifest: dict[str, Any], part: dict[str, Any], options: argparse.Namespace, threads: int
+) -> dict[str, Any]:
+    """Time the entry on its first golden input, which must come out right."""
+    import numpy as np
+
+    check_first_use(manifest, part, threads)
+    before = machine_state()
+    entry = options.entry
+    name = next((name for name, of in golden_samples(manifest) if of == entry), None)
+    if name is None:
+        raise Problem(2, f"no entry {entry!r} with a golden sample; there are {', '.join(part['entries'])}")
+    with np.load(place(name), allow_pickle=False) as data:
+        feeds = fitted(part, entry, {key[3:]: data[key] for key in data.files if key.startswith("in.")})
+    start = time.perf_counter()
+    run, runtime = open_entry(part, entry, threads)
+    load_ms = (time.perf_counter() - start) * 1e3
+
+    def timed() -> float:
+        begun = time.perf_counter()
+        run(feeds)
+        return (time.perf_counter() - begun) * 1e3
+
+    first_ms = timed()
+
+    warm: list[float] = []
+    begun = time.perf_counter()
+    while len(warm) < options.warmup if options.warmup is not None else not _stable(warm, time.perf_counter() - begun):
+        warm.append(timed())
+    times: list[float] = []
+    begun = time.perf_counter()
+    while not _enough(times, time.perf_counter() - begun, options.runs):
+        times.append(timed())
+    percentiles = dict(zip(("p50", "p90", "p95", "p99"), np.percentile(times, (50, 90, 95, 99))))  # noqa: B905
+    return {
+        "backend": part["backend"],
+        "runtime": runtime,
+        "threads": threads,
+        "unit": "ms",
+        "timed": "one run, from inputs in host memory to outputs in host memory",
+        "load_ms": load_ms,
+        "first_ms": first_ms,
+        "warmup": len(warm),
+        "runs": len(times),
+        "mean": float(np.mean(times)),
+        "std": float(np.std(times)),
+        "min": min(times),
+        **{key: float(value) for key, value in percentiles.items()},
+        "latencies": times,
+        "peak_rss_mb": peak_rss_mb(),
+        "before": before,
+        "after": machine_state(),
+        "holds": True,
+    }
+
+
+def _enough(times: list[float], seconds: float, runs: int | None) -> bool:
+    """As many as were asked for; else at least 30 and for 2 s, but 1000 at most, and 30 s at most."""
+    if runs is not None:
+        return len(times) >= runs
+    return len(times) >= 1000 or (len(times) >= 30 and seconds >= 2) or (len(times) >= 5 and seconds >= 30)
+
+
+def _stable(times: list[float], seconds: float) -> bool:
+    """The median of the last five runs is within 3 % of that of the five before; or it takes too long to wait."""
+    if seconds > 10 or len(times) >= 200:
+        return True
+    if len(times) < 10:
+        return False
+    last, earlier = sorted(times[-5:])[2], sorted(times[-10:-5])[2]
+    return abs(last - earlier) <= 0.03 * earlier
+
+
+def peak_rss_mb() -> float | None:
+    """Peak of resident memory in MB (1e6 bytes)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def run_inputs(
+    manifest: dict[str, Any], part: dict[str, Any], texts: list[str], entry: str, threads: int
+) -> dict[str, Any]:
     """Run one entry on .npy files and save what comes out."""
     import numpy as np
 
-    if entry not in manifest["entries"]:
-        raise Problem(2, f"no entry {entry!r}; there are {', '.join(manifest['entries'])}")
+    if entry not in part["entries"]:
+        raise Problem(2, f"no entry {entry!r}; there are {', '.join(part['entries'])}")
     feeds = {}
     for text in texts:
         name, _, path = text.partition("=")
@@ -130,7 +429,7 @@ def run_inputs(manifest: dict[str, Any], texts: list[str], entry: str) -> dict[s
             raise Problem(2, f"--input {text}: {error}") from error
         if not isinstance(feeds[name], np.ndarray):
             raise Problem(2, f"--input {text}: holds several arrays; save one with numpy.save")
-    wanted = manifest["entries"][entry]["inputs"]
+    wanted = part["entries"][entry]["inputs"]
     for spec in wanted:
         given = feeds.get(spec["name"])
         if given is None:
@@ -141,50 +440,121 @@ def run_inputs(manifest: dict[str, Any], texts: list[str], entry: str) -> dict[s
     unknown = sorted(set(feeds) - {spec["name"] for spec in wanted})
     if unknown:
         raise Problem(2, f"no input named {', '.join(unknown)}")
-    check_files(manifest)
-    run, runtime = open_runtime(manifest)
+    check_first_use(manifest, part, threads)
+    run, runtime = open_entry(part, entry, threads)
     saved = {}
-    for name, value in run(entry, feeds).items():
+    for name, value in run(feeds).items():
         path = f"output.{name.replace(os.sep, '_')}.npy"
         np.save(path, value)
         saved[name] = {"file": path, "shape": list(value.shape), "dtype": str(value.dtype)}
-    return {"bundle": manifest["name"], "runtime": runtime, "outputs": saved, "holds": True}
+    return {"backend": part["backend"], "runtime": runtime, "threads": threads, "outputs": saved, "holds": True}
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    lines = []
+    if "outputs" in result:
+        lines = [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
+    elif "p50" in result:
+        lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, {result['threads']} threads")
+        lines.append(
+            "  ".join(f"{key} {result[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms"
+        )
+        lines.append(f"{result['runs']} runs after {result['warmup']}; {result['timed']}")
+        lines += [f"{when}: {_state(result[when])}" for when in ("before", "after") if _state(result[when])]
+    else:
+        word = "holds" if result["holds"] else "DOES NOT HOLD"
+        lines.append(f"{result['bundle']}: {word} under {result['runtime']}, Python {result['python']}")
+        for part in result["parts"]:
+            if "missing" in part:
+                lines.append(f"{part['backend']}: not checked, its runtime is not here; {part['fix']}")
+                continue
+            worst = "not finite" if part["worst_relative_l2"] is None else f"{part['worst_relative_l2']:.3g}"
+            known = "" if part["proven"] else ", which is not among those that the numbers were proven with"
+            lines.append(
+                f"{part['backend']}: worst relative L2 {worst} over {part['golden']} golden samples, "
+                f"tolerance {result['tolerance']:g}, under {part['runtime']}{known}"
+            )
+        state = _state(result["state"])
+        lines.append(f"{result['machine']}, {result['cpu']}{', ' + state if state else ''}")
+    return "\n".join(lines)
+
+
+def _state(state: dict[str, Any]) -> str:
+    words = [
+        "" if state["temperature_c"] is None else f"{state['temperature_c']:.1f} °C",
+        "" if state["clock_mhz"] is None else f"{state['clock_mhz']:.0f} MHz",
+        "" if state["throttled"] is None else f"throttling: {', '.join(state['throttled']) or 'none'}",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="check files and golden outputs (the default)")
+    what.add_argument("--profile", action="store_true", help="measure the latency")
+    what.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
+    what.add_argument("--golden", help=argparse.SUPPRESS)  # the child of golden_apart
+    parser.add_argument("--entry", default="main", help="which graph to run (default: main)")
+    parser.add_argument("--backend", help="which artifact, where there are several")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: 1; with --profile up to 4)")
+    parser.add_argument("--runs", type=int, help="with --profile: timed runs (default: 30 or more, 2 to 30 s)")
+    parser.add_argument("--warmup", type=int, help="with --profile: runs before (default: until stable)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    for name in ("threads", "runs", "warmup"):
+        given = getattr(options, name)
+        if given is not None and given < (0 if name == "warmup" else 1):
+            parser.error(f"--{name} {given} is too small")
+    return options
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for."""
+    with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
+        manifest = json.load(handle)
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise Problem(2, f"this runner reads manifests of schema {SCHEMA_VERSION}, not {manifest['schema_version']}")
+    threads = options.threads or (min(4, os.cpu_count() or 1) if options.profile else 1)
+    if options.golden:
+        return compare_golden(manifest, part_of(manifest, options.golden), threads)
+    about = {"bundle": manifest["name"], "python": sys.version.split()[0], "machine": platform.machine()}
+    about["cpu"] = cpu_model()
+    if options.input:
+        result = run_inputs(manifest, part_of(manifest, options.backend), options.input, options.entry, threads)
+    elif options.profile:
+        result = profile(manifest, part_of(manifest, options.backend), options, threads)
+    else:
+        result = {**verify(manifest, options.backend, threads), "threads": threads, "state": machine_state()}
+    return {**about, **result}
 
 
 def main() -> int:
     """Parse arguments, print the result, return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--verify", action="store_true", help="check files and golden outputs (the default)")
-    parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
-    parser.add_argument("--entry", default="main", help="which graph to run with --input (default: main)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
-    if arguments.verify and arguments.input:
-        parser.error("--verify and --input exclude each other")
+    options = parse()
+    # Runtimes print past Python; standard output belongs to the result alone.
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     try:
-        with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
-            manifest = json.load(handle)
-        if manifest["schema_version"] > SCHEMA_VERSION:
-            raise Problem(2, "this bundle's schema is newer than its runner")
-        result = run_inputs(manifest, arguments.input, arguments.entry) if arguments.input else verify(manifest)
+        result = work(options)
     except Problem as problem:
-        result = {"holds": False, "error": str(problem), "exit_code": problem.code}
+        result = {"holds": False, "error": str(problem), "fix": problem.fix, "exit_code": problem.code}
     except ImportError as error:
-        result = {"holds": False, "error": f"{error}; install it with: pip install numpy", "exit_code": 3}
+        fix = "python3 -m pip install numpy"
+        result = {"holds": False, "error": str(error), "fix": fix, "exit_code": 3}
     except Exception as error:  # whatever a damaged file makes the runtime raise
         result = {"holds": False, "error": f"the bundle cannot be run: {error}", "exit_code": 1}
-    if arguments.json:
-        print(json.dumps(result, indent=1))
+    if options.json:
+        answers.write(json.dumps(result, indent=1) + "\n")
     elif "error" in result:
-        print(f"error: {result['error']}", file=sys.stderr)
-    elif arguments.input:
-        for name, info in result["outputs"].items():
-            print(f"{name} -> {info['file']} {tuple(info['shape'])} {info['dtype']}")
+        fix = f"\n  fix: {result['fix']}" if result.get("fix") else ""
+        print(f"error: {result['error']}{fix}", file=sys.stderr)
     else:
-        word = "holds" if result["holds"] else "DOES NOT HOLD"
-        worst = "not finite" if result["worst_relative_l2"] is None else f"{result['worst_relative_l2']:.3g}"
-        print(f"{result['bundle']}: {word} under {result['runtime']}, Python {result['python']}")
-        print(f"worst relative L2 {worst} over {result['golden']} golden samples, tolerance {result['tolerance']:g}")
+        answers.write(show(result) + "\n")
+    answers.flush()
     return int(result.get("exit_code", 0 if result["holds"] else 1))
 
 

@@ -87,6 +87,27 @@ class Live:
             self._bar = None
 
 
+class Status:
+    """A line on standard error that says what is going on, while it lasts."""
+
+    def __init__(self) -> None:
+        self._status = console(err=True).status("") if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Status:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def say(self, text: str) -> None:
+        """Show ``text``."""
+        if self._status:
+            self._status.update(escape(text))
+
+
 def numerics_rows(numerics: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (sample, output, relative L2, max abs, SQNR, cosine, not finite) of a manifest's numerics."""
     rows: list[tuple[str, ...]] = []

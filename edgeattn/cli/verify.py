@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from edgeattn.bundle import Bundle
 
 
 @click.command("verify", short_help="Re-hash a bundle and re-run its golden inputs.")
 @click.argument("bundle", type=click.Path())
+@click.option("--device", "-d", help="Do it there: a device's name, ssh://user@host, qemu://cortex-a76, local.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(bundle: str, as_json: bool) -> None:
-    """Re-hash every file of BUNDLE and re-run its golden inputs here; works without PyTorch."""
+def command(bundle: str, device: str | None, as_json: bool) -> None:
+    """Re-hash every file of BUNDLE and re-run its golden inputs here; works without PyTorch.
+
+    With --device the bundle's own run.py does so on the device.
+    """
     import json
 
     from edgeattn.bundle import Bundle
     from edgeattn.cli._show import console, numerics_rows, table
 
     opened = Bundle.open(bundle)
+    if device is not None:
+        _on_device(opened, device, as_json)
+        return
     verified = opened.verify()
     numerics = {name: {k: n.as_dict() for k, n in sample.items()} for name, sample in verified.numerics.items()}
     if as_json:
@@ -32,4 +44,36 @@ def command(bundle: str, as_json: bool) -> None:
     out.print(
         f"[bold green]held[/bold green]  {opened.manifest.name}: {verified.files} files as they were made, "
         f"worst relative L2 {worst:.2e}, allowed {verified.tolerance:g}"
+    )
+
+
+def _on_device(bundle: Bundle, device: str, as_json: bool) -> None:
+    import json
+
+    from edgeattn.cli._show import Status, console, table
+    from edgeattn.profile.transports import open_transport
+
+    transport = open_transport(device)
+    with Status() as status:
+        answer = transport.run(bundle.path, ["--verify"], status.say)
+    if as_json:
+        click.echo(json.dumps({"device": device, "emulated": transport.emulated, **answer}, indent=1))
+        return
+    out = console()
+    rows = table("backend", "runtime", "golden", "relative L2", "", right=("golden", "relative L2"))
+    for part in answer["parts"]:
+        if "missing" in part:
+            rows.add_row(part["backend"], "[yellow]not there[/yellow]", "", "", f"{part['missing']}; {part['fix']}")
+        else:
+            rows.add_row(part["backend"], part["runtime"], str(part["golden"]), f"{part['worst_relative_l2']:.2e}", "")
+    out.print(rows)
+    out.print()
+    how = (
+        f"{transport.url}, emulated: numbers hold there, times would mean nothing"
+        if transport.emulated
+        else transport.url
+    )
+    out.print(
+        f"[bold green]held[/bold green]  {bundle.manifest.name} on {how} ({answer['machine']}, Python "
+        f"{answer['python']}), allowed {answer['tolerance']:g}"
     )

@@ -16,7 +16,7 @@ from edgeattn.bundle.manifest import ArtifactInfo, EntryInfo, RuntimeInfo, Stage
 from edgeattn.core import tools
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished
-from edgeattn.pipeline.stages.lower import artifact_of
+from edgeattn.pipeline.stages.lower import entries_of
 from edgeattn.targets.base import Tensor, own_feeds
 
 
@@ -171,7 +171,7 @@ def pack(
     manifest = _manifest(job, runs, order, key, choice)
     files = {run.records["lower"].folder / name: name for run in runs.values() for name in run.records["lower"].files}
     front = runs[order[0]].records
-    inputs = artifact_of(front["lower"], job.precision).entries["main"].inputs
+    inputs = entries_of(front["lower"].facts)["main"].inputs
     with tempfile.TemporaryDirectory() as folder:
         golden = _golden(front["reference"].folder / "golden", inputs, Path(folder) / "golden")
         return write_bundle(final, manifest, files, golden, _readme(manifest), replace=replace)

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import edgeattn
 from edgeattn.core import tools
 from edgeattn.core.errors import UsageError
 from edgeattn.core.hashing import sha256_data, sha256_file, sha256_sources
 from edgeattn.device import Device
 from edgeattn.pipeline.cache import Cache, Record
 from edgeattn.pipeline.job import Job
-from edgeattn.pipeline.stages import STAGES, Stage
+from edgeattn.pipeline.stages import PACKAGE, STAGES, Stage
 from edgeattn.targets.base import Target
-
-PACKAGE = Path(edgeattn.__file__).parent
 
 
 @dataclass(frozen=True)

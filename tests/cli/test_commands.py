@@ -56,11 +56,11 @@ def test_verify_json(edgeattn_cli: Cli, digits: Bundle) -> None:
 
 def test_plan_before_and_after(edgeattn_cli: Cli, digits: Bundle, tmp_path: Path) -> None:
     cached = json.loads(edgeattn_cli("plan", "fmvit-digits", "--json").stdout)
-    assert [s["cached"] for s in cached["stages"]] == [True] * 6 + [False]
+    assert [s["cached"] for s in cached["stages"]] == [True] * 7 + [False]
     fresh = json.loads(edgeattn_cli("plan", "fmvit-digits", "--json", EDGEATTN_CACHE=str(tmp_path)).stdout)
     assert not any(s["cached"] for s in fresh["stages"])
     half = json.loads(edgeattn_cli("plan", "fmvit-digits", "-p", "fp16", "--json").stdout)
-    assert [s["cached"] for s in half["stages"]] == [True] * 4 + [False] * 3
+    assert [s["cached"] for s in half["stages"]] == [True] * 5 + [False] * 3
     assert list(tmp_path.iterdir()) == []
 
 

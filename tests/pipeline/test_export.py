@@ -128,7 +128,7 @@ def test_a_second_export_is_a_cache_hit_without_torch(digits: Bundle, tmp_path: 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("cached") == 6
+    assert done.stderr.count("cached") == 7
     assert (tmp_path / "fmvit-digits.onnx.fp32" / "model.onnx").read_bytes() == (
         digits.path / "model.onnx"
     ).read_bytes()
@@ -164,9 +164,9 @@ def test_a_guest_is_served_and_its_sources_count(tmp_path: Path) -> None:
     assert "random" in bundle.path.name
     assert bundle.manifest.reparam["after"]["batch_norms"] == 0
     job = make_job(f"{tmp_path}/guest.py:Net", **words)  # type: ignore[arg-type]
-    assert len(export_job(job, tmp_path / "again").run.fresh) == 0
+    assert len(export_job(job, tmp_path / "again").runs["onnx"].fresh) == 0
     (tmp_path / "helper.py").write_text("FACTOR = 2\n")
-    assert "build" in export_job(job, tmp_path / "touched").run.fresh
+    assert "build" in export_job(job, tmp_path / "touched").runs["onnx"].fresh
 
 
 @pytest.mark.parametrize("how", ["safetensors", "import in forward", "file in forward", "folder"])
@@ -202,10 +202,10 @@ def test_what_a_guest_reads_counts_as_its_source(tmp_path: Path, how: str) -> No
     write(2.0)
     job = make_job(f"{tmp_path}/net.py:Net", inputs=["x=1x4"])
     export_job(job, tmp_path / "a")
-    assert export_job(job, tmp_path / "b").run.fresh == ()
+    assert export_job(job, tmp_path / "b").runs["onnx"].fresh == ()
     write(3.0)
     (tmp_path / "parts" / "new.txt").touch()
-    assert "build" in export_job(job, tmp_path / "c").run.fresh
+    assert "build" in export_job(job, tmp_path / "c").runs["onnx"].fresh
 
 
 GUESTS = """

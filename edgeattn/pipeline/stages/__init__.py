@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import edgeattn
 from edgeattn import targets
 from edgeattn.pipeline.job import Job
+
+PACKAGE = Path(edgeattn.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,12 @@ def _target_code(job: Job) -> tuple[str, ...]:
     return ("targets/base.py", f"targets/{job.target}") if job.target in OWN_TARGETS else ("targets/base.py",)
 
 
+def _lint_code(job: Job) -> tuple[str, ...]:
+    """Of a target's folder only the rules."""
+    rules = [f"targets/{job.target}/{name}" for name in ("lint.py", "lint.toml")]
+    return ("targets/base.py", *(rule for rule in rules if (PACKAGE / rule).is_file()))
+
+
 #: Targets whose code is in this package.
 OWN_TARGETS = ("onnx", "tflite", "null")
 
@@ -108,7 +118,7 @@ STAGES = (
     Stage(
         "lint",
         ("capture",),
-        lambda job: ("core", "lint", "pipeline/stages/lint.py", *_target_code(job)),
+        lambda job: ("core", "lint", "pipeline/stages/lint.py", *_lint_code(job)),
         lambda job: ("torch",),
         lambda job: {"target": job.target, "runtime": job.runtime},
     ),

@@ -18,7 +18,7 @@ import torch
 
 from edgeattn.models.build import build
 from edgeattn.pipeline.context import Context
-from edgeattn.pipeline.plan import PACKAGE
+from edgeattn.pipeline.stages import PACKAGE
 
 _OPENED: set[str] = set()
 _WATCHING = False

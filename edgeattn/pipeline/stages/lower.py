@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import edgeattn
@@ -43,14 +44,18 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def artifact_of(result: Result, precision: str) -> Artifact:
-    """The artifact that ``run`` wrote."""
-    entries = {
+def entries_of(facts: Mapping[str, Any]) -> dict[str, ArtifactEntry]:
+    """The artifact's entries as ``run`` recorded them."""
+    return {
         name: ArtifactEntry(
             entry["file"],
             tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["inputs"]),
             tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["outputs"]),
         )
-        for name, entry in result.facts["entries"].items()
+        for name, entry in facts["entries"].items()
     }
-    return Artifact(result.folder, precision, entries, result.facts["artifact"])
+
+
+def artifact_of(result: Result, precision: str) -> Artifact:
+    """The artifact that ``run`` wrote."""
+    return Artifact(result.folder, precision, entries_of(result.facts), result.facts["artifact"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from edgeattn import targets
 from edgeattn.core.errors import UsageError
-from edgeattn.targets import get
 from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
 
 if TYPE_CHECKING:
@@ -23,19 +23,19 @@ class RpiTarget(Target):
 
     def availability(self) -> Availability:
         """Found when both parts are."""
-        found = {part: get(part).availability() for part in self.parts}
+        found = {part: targets.get(part).availability() for part in self.parts}
         missing = [one for one in found.values() if not one.found]
         detail = "; ".join(f"{part}: {one.detail}" for part, one in found.items())
         return missing[0] if missing else Availability(True, detail)
 
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """What both parts hold."""
-        first, *others = (get(part).precisions(device) for part in self.parts)
+        first, *others = (targets.get(part).precisions(device) for part in self.parts)
         return tuple(name for name in first if all(name in other for other in others))
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """Those of the parts."""
-        return tuple(tool for part in self.parts for tool in get(part).lower_tools(precision))
+        return tuple(tool for part in self.parts for tool in targets.get(part).lower_tools(precision))
 
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
         """Not done here: each part is lowered as a target of its own."""

@@ -27,8 +27,8 @@ def _module(node: Any) -> str:
 
 def _needs_window(node: Any) -> bool:
     """An average pooling whose divisor changes at the border."""
-    defaults = (None, None, [], 0, False, True, None)
-    *_, padding, ceil_mode, counts_padding, divisor = (*node.args, *defaults[len(node.args) :])
+    defaults: tuple[Any, ...] = (None, None, [], 0, False, True, None)
+    padding, ceil_mode, counts_padding, divisor = (*tuple(node.args), *defaults[len(node.args) :])[3:]
     padded = any(padding if isinstance(padding, list | tuple) else [padding])
     # Where the sizes divide, ceil_mode changes no value, but the converter does not see that.
     return bool(ceil_mode) or divisor is not None or (padded and not counts_padding)

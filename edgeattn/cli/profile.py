@@ -1,0 +1,59 @@
+"""``edgeattn profile``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command("profile", short_help="Measure a bundle's latency, here or on a device.")
+@click.argument("bundle", type=click.Path())
+@click.option("--device", "-d", default="local", help="A device's name, ssh://user@host, or local. [default: local]")
+@click.option("--backend", "-b", help="Which artifact, where the bundle holds several. [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: the runner's choice]")
+@click.option("--runs", type=click.IntRange(min=1), help="Timed runs. [default: as many as it takes]")
+@click.option("--warmup", type=click.IntRange(min=0), help="Runs before. [default: until the times are stable]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(bundle: str, device: str, backend: str | None, as_json: bool, **counts: int | None) -> None:
+    """Measure BUNDLE's latency with its own run.py, in a fresh process on this machine or on a device.
+
+    The golden outputs are compared first: a wrong result has no latency.
+    """
+    import json
+
+    from edgeattn.bundle import Bundle
+    from edgeattn.cli._show import Status, console, table
+    from edgeattn.core.errors import unknown
+    from edgeattn.profile.transports import open_transport
+
+    opened = Bundle.open(bundle)
+    backends = [info.backend for info in opened.manifest.artifacts]
+    if backend is not None and backend not in backends:
+        raise unknown("backend", backend, backends, where=str(bundle))
+    transport = open_transport(device)
+    arguments = ["--profile"]
+    for name, count in counts.items():
+        arguments += [f"--{name}", str(count)] if count is not None else []
+    results: list[dict[str, Any]] = []
+    with Status() as status:
+        for name in [backend] if backend else backends:
+            status.say(f"{name} on {transport.url}")
+            results.append(transport.run(opened.path, [*arguments, "--backend", name], status.say))
+    if as_json:
+        click.echo(json.dumps({"device": device, "results": results}, indent=1))
+        return
+    out = console()
+    columns = ("backend", "runtime", "threads", "p50 ms", "p90", "p99", "first", "load ms", "peak MB", "runs")
+    rows = table(*columns, right=columns[2:])
+    for r in results:
+        figures = [f"{r[key]:.2f}" for key in ("p50", "p90", "p99", "first_ms", "load_ms")]
+        rows.add_row(r["backend"], r["runtime"], str(r["threads"]), *figures, f"{r['peak_rss_mb']:.0f}", str(r["runs"]))
+    out.print(rows)
+    out.print()
+    first = results[0]
+    out.print(f"{first['machine']}, {first['cpu']}, Python {first['python']}", markup=False)
+    for when in ("before", "after"):
+        state = ", ".join(f"{k} {v}" for k, v in first[when].items() if v not in (None, [], ""))
+        if state:
+            out.print(f"{when}: {state}", markup=False)
