@@ -90,7 +90,7 @@ def test_lists(edgeattn_cli: Cli, home: Path) -> None:
     assert shown["recipe"]["inputs"]["x"]["shape"] == [1, 1, 32, 32]
     assert shown["checkpoint"].endswith("fmvit-digits.safetensors")
     assert "host" in edgeattn_cli("devices").stdout
-    assert json.loads(edgeattn_cli("devices", "show", "host").stdout)["targets"] == ["onnx"]
+    assert json.loads(edgeattn_cli("devices", "show", "host").stdout)["targets"] == ["onnx", "tflite", "rpi"]
     targets = edgeattn_cli("targets").stdout
     assert "onnx" in targets
     assert "fp32, fp16" in targets
