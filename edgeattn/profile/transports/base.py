@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,90 @@ def result_of(answer: dict[str, Any], where: str) -> dict[str, Any]:
             why=f"tolerance is {answer.get('tolerance')} under {answer.get('runtime')}",
         )
     return answer
+
+
+def runner_of(bundle: Path) -> Path:
+    """The bundle's ``run.py``.
+
+    Raises:
+        UsageError: it has none: its target runs in EdgeAttn only.
+    """
+    path = bundle / "run.py"
+    if not path.is_file():
+        raise UsageError("the bundle has no runner", value=bundle, why="its target needs EdgeAttn to run")
+    return path
+
+
+def parse_answer(text: str, code: int, errors: str, where: str) -> dict[str, Any]:
+    """The JSON that ``run.py --json`` printed.
+
+    Args:
+        code: how its process ended; negative for a signal. errors: what it wrote to standard error.
+
+    Raises:
+        CheckFailed: it crashed, or printed something else.
+    """
+    tail = [line for line in errors.splitlines() if line.strip()][-5:]
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise CheckFailed("the runner crashed", where=where, why=f"its process was ended by {name}", details=tail)
+    try:
+        answer: dict[str, Any] = json.loads(text)
+    except ValueError:
+        why = f"it ended with code {code} and printed no result"
+        raise CheckFailed("the runner failed", where=where, why=why, details=tail) from None
+    return answer
+
+
+def found_of(facts: Mapping[str, Any], python: str = "python3") -> list[Found]:
+    """Findings from what ``PROBE`` prints on a machine."""
+    version = tuple(int(part) for part in str(facts["python"]).split(".")[:2])
+    rows = [
+        Found(
+            "python",
+            version >= (3, 9),
+            f"{facts['python']} on {facts['machine']}",
+            None if version >= (3, 9) else "Python 3.9 or newer",
+        )
+    ]
+    install = f"{python} -m venv --system-site-packages ~/edgeattn && ~/edgeattn/bin/pip install"
+    small = facts["machine"] in ("armv6l", "armv7l")
+    for name in ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime"):
+        found = facts["versions"].get(name)
+        wanted = "'numpy<2' tflite-runtime" if name == "tflite-runtime" else name
+        unfit = small and name in ("onnxruntime", "ai-edge-litert")
+        fix = "no wheel exists for this machine" if unfit else f"{install} {wanted}"
+        rows.append(Found(name, found is not None, found or "not installed", None if found else fix))
+    for name, detail in facts["about"].items():
+        rows.append(Found(name, True, detail))
+    return rows
+
+
+#: Run by a device's own Python 3.9+; prints JSON for ``found_of``.
+PROBE = """
+import importlib.metadata as m, json, os, platform, shutil, sys
+def version(name):
+    try:
+        return m.version(name)
+    except Exception:
+        return None
+def read(path):
+    try:
+        return open(path, errors='replace').read()
+    except OSError:
+        return ''
+about = {'disk': '%.1f GB free at home' % (shutil.disk_usage(os.path.expanduser('~')).free / 1e9)}
+for line in read('/proc/meminfo').splitlines():
+    if line.startswith(('MemTotal', 'MemAvailable')):
+        about[line.split(':')[0].replace('Mem', 'memory ').lower()] = '%.2f GB' % (int(line.split()[1]) * 1024 / 1e9)
+for line in read('/etc/os-release').splitlines():
+    if line.startswith('PRETTY_NAME='):
+        about['system'] = line.split('=', 1)[1].strip('"')
+model = read('/proc/device-tree/model').strip(chr(0))
+lines = read('/proc/cpuinfo').splitlines()
+cpus = [line.split(':', 1)[1].strip() for line in lines if line.lower().startswith('model name')]
+about['cpu'] = '%s, %d cores' % (model or (cpus[0] if cpus else platform.machine()), os.cpu_count() or 1)
+names = ('numpy', 'onnxruntime', 'ai-edge-litert', 'tflite-runtime')
+print(json.dumps({'python': platform.python_version(), 'machine': platform.machine(), 'about': about,
+                  'versions': {name: version(name) for name in names}}))
+"""

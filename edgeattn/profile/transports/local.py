@@ -1,0 +1,48 @@
+"""This machine: the bundle's runner in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeattn.core.errors import CheckFailed
+from edgeattn.profile.transports.base import (
+    PROBE,
+    Found,
+    Say,
+    Transport,
+    found_of,
+    parse_answer,
+    result_of,
+    runner_of,
+    silent,
+)
+
+#: A run that takes longer than this has gone wrong.
+TIMEOUT_S = 1800.0
+
+
+class Local(Transport):
+    """The Python that runs EdgeAttn, in a process of its own."""
+
+    url = "local"
+
+    def run(self, bundle: Path, arguments: Sequence[str], say: Say = silent) -> dict[str, Any]:
+        """See ``Transport.run``; nothing is copied."""
+        words = [sys.executable, str(runner_of(bundle)), *arguments, "--json"]
+        environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, env=environ, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed("the runner does not end", value=f"{TIMEOUT_S:.0f} s", where=self.url) from error
+        return result_of(parse_answer(done.stdout, done.returncode, done.stderr, self.url), self.url)
+
+    def check(self) -> list[Found]:
+        """See ``Transport.check``."""
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+        return found_of(json.loads(done.stdout))
