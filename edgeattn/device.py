@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, unknown
@@ -19,39 +19,46 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 #: CPUs that the emulator stands for.
 EMULATED = ("cortex-a53", "cortex-a72", "cortex-a76")
+#: Names that mean this machine wherever a device is named.
+_TAKEN = ("host", "local")
+_OS_BITS = {"armv7l": 32, "aarch64": 64}
 
 
-def check_url(url: str) -> str:
-    """An address of a device, as it was given.
+def check_url(url: str) -> None:
+    """Look at an address of a device.
 
     Raises:
-        ValueError: another scheme than ssh and qemu, a password inside, no host.
+        ValueError: another scheme than ssh and qemu, a password inside, no host. Never repeats the address.
     """
     if url == "local":
-        return url
+        return
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (parsed when it is read)
-    except ValueError as error:
-        raise ValueError(f"not an address: {error}") from None
+        port = parts.port
+    except ValueError:
+        # What follows a colon may be a password with a '/' or '#' in it.
+        raise ValueError("has a port that is no number from 1 to 65535, or a host that is none") from None
     if parts.scheme not in ("ssh", "qemu"):
         raise ValueError("must be ssh://user@host, qemu://cortex-a76 or local")
+    if parts.scheme == "qemu":
+        if url.removeprefix("qemu://") not in EMULATED:
+            raise ValueError(f"must be qemu:// and one of {', '.join(EMULATED)}")
+        return
     if parts.password is not None:
         raise ValueError("holds a password, which files and histories keep; use a key, or EDGEATTN_SSH_PASSWORD")
-    if not parts.hostname or parts.hostname.startswith("-") or parts.path.strip("/") or parts.query or parts.fragment:
+    clean = not (parts.path.strip("/") or parts.query or parts.fragment)
+    if not parts.hostname or parts.hostname.startswith("-") or port == 0 or not clean or re.search(r"\s", url):
         raise ValueError("must be ssh://user@host:port, with nothing after it")
-    if parts.scheme == "qemu" and parts.hostname not in EMULATED:
-        raise ValueError(f"emulated are {', '.join(EMULATED)}")
-    return url
 
 
 class Device(schema.Strict):
     """A device and what is documented of it.
 
     Attributes:
-        base: another device, whose fields are this one's where it has none of its own.
+        base: another device, whose fields are this one's where it has none of its own; lists and tables whole.
         kind: what sort of machine it is.
-        machine: instruction set, as ``platform.machine()`` names it; "any" for the host.
+        machine: instruction set that its programs are built for, as ``platform.machine()`` names it; "any" if unknown.
+        os_bits: whether its system is a 32-bit or a 64-bit one, whatever its kernel.
         targets: which targets can run there, best first.
         cpu: the cores' name. cores: their number. clock_ghz: their highest clock. memory_gb: RAM.
         bandwidth_gb_s: of the memory. bandwidth_kind: whether that is documented, measured, or computed from the
@@ -62,7 +69,7 @@ class Device(schema.Strict):
         wheels: versions of distributions that are known to exist for it.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
-        folder: where bundles are put on it while they run.
+        folder: where bundles are put on it while they run. python: its Python, where that is not ``python3``.
     """
 
     name: str
@@ -77,7 +84,7 @@ class Device(schema.Strict):
     clock_ghz: float | None = Field(default=None, gt=0)
     memory_gb: float | None = Field(default=None, gt=0)
     bandwidth_gb_s: float | None = Field(default=None, gt=0)
-    bandwidth_kind: Literal["documented", "measured", "computed"] | None = None
+    bandwidth_kind: Literal["documented", "measured", "computed"] | None = Field(default=None, validate_default=True)
     extensions: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     runtimes: dict[str, str] = Field(default_factory=dict)
@@ -87,36 +94,57 @@ class Device(schema.Strict):
     identity: str | None = None
     known_hosts: str | None = None
     folder: str | None = None
+    python: str | None = None
 
-    @field_validator("connect")
+    @field_validator("os_bits")
     @classmethod
-    def _address(cls, value: str | None) -> str | None:
-        return value if value is None else check_url(value)
+    def _fits_machine(cls, value: int | None, info: ValidationInfo) -> int | None:
+        machine = info.data.get("machine", "")
+        if value != _OS_BITS.get(machine, value):
+            raise ValueError(f"programs for {machine} are {_OS_BITS[machine]}-bit ones")
+        return value
 
-    @model_validator(mode="after")
-    def _bandwidth(self) -> Device:
-        if (self.bandwidth_gb_s is None) != (self.bandwidth_kind is None):
-            raise ValueError("bandwidth_gb_s needs bandwidth_kind, and the other way round")
-        return self
+    @field_validator("bandwidth_kind")
+    @classmethod
+    def _with_bandwidth(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is None) != (info.data.get("bandwidth_gb_s") is None):
+            raise ValueError("bandwidth_gb_s and bandwidth_kind go together")
+        return value
+
+    @field_validator("runtimes")
+    @classmethod
+    def _of_targets(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        targets = info.data.get("targets", tuple(value))
+        if other := [name for name in value if name not in targets]:
+            raise ValueError(f"{', '.join(other)} is not among the targets, {', '.join(targets)}")
+        return value
 
 
-def _merged(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A file's fields over those of its base."""
-    data = schema.read_toml(path)
+def _device(data: Mapping[str, Any], source: str, seen: tuple[str, ...]) -> Device:
+    """``data`` over the fields of its base.
+
+    Args:
+        source: where ``data`` is from, for errors.
+        seen: the names that led here, the device's own first.
+    """
     base = data.get("base")
-    if base is None:
-        return data
-    known = schema.find("devices")
-    if base not in known:
-        raise unknown("device", str(base), known, where=f"{path}, base")
-    if base in seen:
-        raise UsageError(
-            "devices are each other's base", value=" -> ".join((*seen, base)), where=str(path), fix="take one out"
-        )
-    below = _merged(known[base], (*seen, base))
-    tables = {k: {**below[k], **v} for k, v in data.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
-    # What runs on a device is one thing: a list or table of runtimes replaces the base's.
-    return {**below, **data, **{k: v for k, v in tables.items() if k not in ("runtimes", "wheels")}}
+    if isinstance(base, str):
+        known = schema.find("devices")
+        where = f"{source}, base"
+        if base in seen:
+            chain = " -> ".join((*seen, base))
+            raise UsageError("a device is its own base", value=chain, where=where, fix="choose another base or name")
+        if base not in known:
+            raise unknown("device", base, known, where=where)
+        below = _device(schema.read_toml(known[base]), str(known[base]), (*seen, base))
+        data = {**below.model_dump(exclude_unset=True, exclude={"name"}), **data}
+    if isinstance(url := data.get("connect"), str):
+        try:
+            check_url(url)
+        except ValueError as error:
+            # Here and not in the schema, whose errors repeat the value: it may hold a password.
+            raise UsageError("an address cannot be used", where=f"{source}, connect", why=f"it {error}") from None
+    return schema.validate(Device, data, source)
 
 
 def load(path: Path) -> Device:
@@ -125,7 +153,7 @@ def load(path: Path) -> Device:
     Raises:
         UsageError: not readable, not TOML, not a valid device, or a base that is unknown or its own.
     """
-    return schema.validate(Device, _merged(path, (path.stem,)), str(path))
+    return _device(schema.read_toml(path), str(path), (path.stem,))
 
 
 def resolve(text: str) -> Device:
@@ -142,6 +170,16 @@ def resolve(text: str) -> Device:
     return load(known[text])
 
 
+def _toml(value: Any) -> str:
+    """A text, a number, a list or a table as a TOML value."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # A JSON text or number is one of TOML too, but for the one control character that JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def store(name: str, fields: Mapping[str, Any], *, force: bool = False) -> Path:
     """Write a device of the user's; returns its file.
 
@@ -152,21 +190,15 @@ def store(name: str, fields: Mapping[str, Any], *, force: bool = False) -> Path:
     Raises:
         UsageError: the name cannot be a file's, there is one already, or the fields are not a device's.
     """
-    if not _NAME.fullmatch(name) or name.endswith(".toml"):
-        raise UsageError("a device cannot have this name", value=name, fix="use letters, digits, '.', '_' and '-'")
+    if not _NAME.fullmatch(name) or name.endswith(".toml") or name in _TAKEN:
+        why = "it means this machine" if name in _TAKEN else "use letters, digits, '.', '_' and '-', and no .toml"
+        raise UsageError("a device cannot have this name", value=repr(name), why=why, fix="choose another name")
     path = schema.folders("devices")[0] / f"{name}.toml"
     if path.exists() and not force:
         raise UsageError("there is a device of this name", value=name, where=str(path), fix="--force replaces it")
     given = {"name": name, **{key: value for key, value in fields.items() if value is not None}}
-    base = given.get("base")
-    known = schema.find("devices")
-    if base is not None and (base == name or base not in known):
-        raise unknown("device", str(base), [other for other in known if other != name], where="--base")
-    below = _merged(known[base], (name,)) if base is not None else {}
-    schema.validate(Device, {**below, **given}, f"device {name}")
-    # A JSON text or array of texts is one of TOML too.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    _device(given, f"device {name}", (name,))
+    write_whole(path, "".join(f"{key} = {_toml(value)}\n" for key, value in given.items()).encode())
     return path
 
 
@@ -177,7 +209,9 @@ def forget(name: str) -> Path:
         UsageError: the user has none of that name; shipped ones stay.
     """
     folder = schema.folders("devices")[0]
-    if not _NAME.fullmatch(name) or not (folder / f"{name}.toml").is_file():
-        raise unknown("device of your own", name, [p.stem for p in sorted(folder.glob("*.toml"))])
-    (folder / f"{name}.toml").unlink()
-    return folder / f"{name}.toml"
+    own = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    if name not in own:
+        why = f"yours are {', '.join(own)}" if own else "you have none"
+        raise UsageError("there is no such device of your own", value=name, where=str(folder), why=why)
+    own[name].unlink()
+    return own[name]

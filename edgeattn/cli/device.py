@@ -19,6 +19,7 @@ def command() -> None:
 @click.option("--identity", type=click.Path(), help="The private key, where it is not a usual one.")
 @click.option("--known-hosts", type=click.Path(), help="The known_hosts file, where it is not the usual one.")
 @click.option("--folder", help="Where bundles are put on it while they run.")
+@click.option("--python", help="Its Python, where that is not python3.")
 @click.option("--force", "-f", is_flag=True, help="Replace a device of that name.")
 def add(name: str, url: str, base: str | None, force: bool, **files: str | None) -> None:
     """Keep a device: NAME stands for URL (ssh://user@host:port) from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from typing import Any
 
 from edgeattn import device as devices
@@ -37,6 +38,7 @@ def choose(bundle: Bundle, device: str | None, progress: Progress) -> dict[str, 
         device itself), ``median_ms`` by backend and round, and ``why`` in words.
     """
     progress.start("rivals")
+    begun = time.perf_counter()
     place = devices.resolve(device) if device else None
     unreached = ""
     medians = None
@@ -64,7 +66,7 @@ def choose(bundle: Bundle, device: str | None, progress: Progress) -> dict[str, 
         )
     else:
         why = f"Measured on {where}: {spread}, {how}."
-    progress.done("rivals", 0.0, 0.0, False)
+    progress.done("rivals", time.perf_counter() - begun, 0.0, False)
     return {
         "order": order,
         "front": order[0],

@@ -37,7 +37,8 @@ def open_transport(device: str | Device) -> Transport:
 
         if place is None:
             return Ssh(url)
-        return Ssh(url, identity=place.identity, known_hosts=place.known_hosts, folder=place.folder)
+        kept = {name: getattr(place, name) for name in ("identity", "known_hosts", "folder", "python")}
+        return Ssh(url, **kept)
     if scheme == "qemu":
         from edgeattn.profile.transports.qemu import Qemu
 

@@ -44,16 +44,10 @@ def _is_pointwise(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target is not aten.conv2d.default:
         return False
     weight = _shape(node.args[1])  # type: ignore[arg-type]
-    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    defaults: tuple[Any, ...] = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])[3:7]
-    return (
-        weight is not None
-        and weight[2:] == (1, 1)
-        and _pair(stride, 1)
-        and _pair(padding, 0)
-        and _pair(dilation, 1)
-        and groups == 1
-    )
+    plain = _pair(stride, 1) and _pair(padding, 0) and _pair(dilation, 1) and bool(groups == 1)
+    return plain and weight is not None and weight[2:] == (1, 1)
 
 
 def _is_swap(node: Any) -> bool:
@@ -61,7 +55,7 @@ def _is_swap(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target is not _SWAP:
         return False
     rank = len(_shape(node) or ())
-    return {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[call-overload]
+    return {axis % rank for axis in node.args[1:] if isinstance(axis, int)} == {rank - 1, rank - 2}
 
 
 class _Builder:
