@@ -55,7 +55,8 @@ class Device(schema.Strict):
     """A device and what is documented of it.
 
     Attributes:
-        base: another device, whose fields are this one's where it has none of its own; lists and tables whole.
+        base: another device, whose fields are this one's where it has none of its own. A list or table takes the
+            place of the base's, as a 32-bit system lacks runtimes that the board has otherwise; sources are added.
         kind: what sort of machine it is.
         machine: instruction set that its programs are built for, as ``platform.machine()`` names it; "any" if unknown.
         os_bits: whether its system is a 32-bit or a 64-bit one, whatever its kernel.
@@ -138,6 +139,8 @@ def _device(data: Mapping[str, Any], source: str, seen: tuple[str, ...]) -> Devi
             raise unknown("device", base, known, where=where)
         below = _device(schema.read_toml(known[base]), str(known[base]), (*seen, base))
         data = {**below.model_dump(exclude_unset=True, exclude={"name"}), **data}
+        if isinstance(data.get("sources"), list):
+            data["sources"] = [*below.sources, *data["sources"]]
     if isinstance(url := data.get("connect"), str):
         try:
             check_url(url)
@@ -198,7 +201,11 @@ def store(name: str, fields: Mapping[str, Any], *, force: bool = False) -> Path:
         raise UsageError("there is a device of this name", value=name, where=str(path), fix="--force replaces it")
     given = {"name": name, **{key: value for key, value in fields.items() if value is not None}}
     _device(given, f"device {name}", (name,))
-    write_whole(path, "".join(f"{key} = {_toml(value)}\n" for key, value in given.items()).encode())
+    try:
+        text = "".join(f"{key} = {_toml(value)}\n" for key, value in given.items()).encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not text
+        raise UsageError("a device's fields must be text", value=repr(error.object), where=f"device {name}") from error
+    write_whole(path, text)
     return path
 
 

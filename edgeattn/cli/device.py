@@ -6,18 +6,21 @@ from typing import Any
 
 import click
 
+#: Kept as an absolute path: the device is used from other folders.
+FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
+
 
 @click.group("device", short_help="Add, check and set up devices of your own.")
 def command() -> None:
     """Devices of your own: their address is kept in a file, their keys and passwords are not."""
 
 
-@command.command("add")
+@command.command("add", short_help="Keep a device under a name.")
 @click.argument("name")
 @click.argument("url")
 @click.option("--base", help="The shipped device that it is, such as raspberry-pi-5.")
-@click.option("--identity", type=click.Path(), help="The private key, where it is not a usual one.")
-@click.option("--known-hosts", type=click.Path(), help="The known_hosts file, where it is not the usual one.")
+@click.option("--identity", type=FILE, help="The private key, where it is not a usual one.")
+@click.option("--known-hosts", type=FILE, help="The known_hosts file, where it is not the usual one.")
 @click.option("--folder", help="Where bundles are put on it while they run.")
 @click.option("--python", help="Its Python, where that is not python3.")
 @click.option("--force", "-f", is_flag=True, help="Replace a device of that name.")
@@ -27,24 +30,17 @@ def add(name: str, url: str, base: str | None, force: bool, **files: str | None)
 
     from edgeattn import device
     from edgeattn.cli._show import console
-    from edgeattn.core.errors import UsageError
 
-    try:
-        device.check_url(url)
-    except ValueError as error:
-        # The address itself is not repeated: it may hold a password.
-        raise UsageError("the address cannot be used", where="URL", why=f"it {error}") from None
     fields: dict[str, Any] = {"base": base, "connect": url, "description": f"{base or 'a board'} at {url}", **files}
     if base is None:
-        runtimes = ("rpi", "tflite", "onnx")
-        fields |= {"kind": "board", "machine": "aarch64", "targets": runtimes}
+        fields |= {"kind": "board", "machine": "any", "targets": ("rpi", "tflite", "onnx")}
     path = device.store(name, fields, force=force)
     out = console()
     out.print(f"added  {escape(name)} in {escape(str(path))}", soft_wrap=True)
     out.print(f"next   edgeattn device check {escape(name)}", soft_wrap=True)
 
 
-@command.command("remove")
+@command.command("remove", short_help="Forget a device.")
 @click.argument("name")
 def remove(name: str) -> None:
     """Forget device NAME of your own."""
@@ -53,7 +49,7 @@ def remove(name: str) -> None:
     click.echo(f"removed  {device.forget(name)}")
 
 
-@command.command("check")
+@command.command("check", short_help="Say what a device has and lacks.")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(name: str, as_json: bool) -> None:
@@ -74,11 +70,15 @@ def check(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"device": name, "found": [asdict(one) for one in found]}, indent=1))
     else:
-        rows = table("", "state", "detail", "how to get it there")
+        rows = table("", "state", "detail")
         for one in found:
             state = "[green]there[/green]" if one.present else "[yellow]lacking[/yellow]"
-            rows.add_row(one.name, state, escape(one.detail), escape(one.fix or ""))
-        console().print(rows)
+            rows.add_row(one.name, state, escape(one.detail))
+        out = console()
+        out.print(rows)
+        for one in found:
+            if one.fix:  # outside of the table, where a line can be copied whole
+                out.print(f"\nto get {one.name} there:\n  {escape(one.fix)}", soft_wrap=True)
     has = {one.name for one in found if one.present}
     runtimes = {"onnxruntime", "ai-edge-litert", "tflite-runtime"}
     lacking = [one for one in found if not one.present and one.name in ("python", "numpy")]
@@ -89,12 +89,13 @@ def check(name: str, as_json: bool) -> None:
             "the device cannot run a bundle yet",
             value=", ".join(one.name for one in lacking),
             where=transport.url,
-            why="it needs Python 3.9, NumPy and one runtime",
-            fix=lacking[0].fix,
+            why="it needs Python 3.9 or newer, NumPy and one of the runtimes",
+            fix="install them there",
+            details=[f"{one.name}: {one.fix}" for one in lacking],
         )
 
 
-@command.command("setup")
+@command.command("setup", short_help="Set up the emulator of aarch64 CPUs.")
 @click.argument("what", type=click.Choice(["qemu"]))
 def setup(what: str) -> None:
     """Set up the emulator of aarch64 CPUs: a Python, its runtimes and qemu, in EdgeAttn's own folder.

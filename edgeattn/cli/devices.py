@@ -18,15 +18,24 @@ def command(context: click.Context) -> None:
     from edgeattn.core import schema
     from edgeattn.core.errors import UsageError
 
-    rows = table("device", "kind", "targets", "description")
+    rows = table("device", "cpu", "bits", "targets", "runtimes", "reached")
+    for column in (rows.columns[0], rows.columns[-1]):
+        column.no_wrap = True  # names and addresses are there to be copied
+    broken = []
     for name, path in schema.find("devices").items():
         try:
             found = device.load(path)
         except UsageError as error:
-            rows.add_row(name, "", "", f"[red]not valid: {escape(str(error.why))}[/red] ({path})")
+            broken.append(f"[red]not valid[/red]  {escape(f'{path}: {error.why or error.what}')}")
             continue
-        rows.add_row(name, found.kind, ", ".join(found.targets), escape(found.description))
-    console().print(rows)
+        cpu = f"{found.cores} x {found.cpu}" if found.cores and found.cpu else found.cpu or ""
+        address = "local" if found.kind == "host" else found.connect or ("emulated" if found.emulate else "")
+        texts = (cpu, str(found.os_bits or ""), ", ".join(found.targets), ", ".join(found.runtimes.values()), address)
+        rows.add_row(name, *map(escape, texts))
+    out = console()
+    out.print(rows)
+    for line in broken:
+        out.print(line, soft_wrap=True)
 
 
 @command.command("show")

@@ -21,7 +21,8 @@ def main(folder: str, parents: "list[str]", words: "list[str]") -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        # What runtimes write into a user's cache goes with the folder.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": os.path.join(folder, "cache")},
         start_new_session=True,
     )
 
