@@ -90,8 +90,7 @@ def check(name: str, as_json: bool) -> None:
             value=", ".join(one.name for one in lacking),
             where=transport.url,
             why="it needs Python 3.9 or newer, NumPy and one of the runtimes",
-            fix="install them there",
-            details=[f"{one.name}: {one.fix}" for one in lacking],
+            fix="install them there: the output has a line for each",
         )
 
 

@@ -1,0 +1,75 @@
+"""The shipped device files: what they claim has a source."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from edgeattn import device
+from edgeattn.core import schema
+from edgeattn.core.errors import UsageError
+from edgeattn.pipeline.export import make_job
+
+SHIPPED = sorted(path.stem for path in schema.folders("devices")[-1].glob("*.toml"))
+BOARDS = [name for name in SHIPPED if name != "host"]
+#: What a board's file says of the hardware; each needs a source that names it.
+FIGURES = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions")
+
+
+def test_the_boards_of_the_raspberry_pi_are_there() -> None:
+    models = [f"raspberry-pi-{model}" for model in ("zero-2w", "3b", "4", "5")]
+    assert {*models, *(f"{model}-32bit" for model in models), "host"} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_file_is_valid_under_its_name(name: str) -> None:
+    assert device.resolve(name).name == name
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_every_figure_has_a_source(name: str) -> None:
+    found = device.resolve(name)
+    named: set[str] = set()
+    for source in found.sources:
+        match = re.fullmatch(r"(?P<figures>[a-z_, ]+?)(?P<when> under a 32-bit system)?: https://\S+: .+", source)
+        assert match, source
+        named |= {figure + (match["when"] or "") for figure in match["figures"].split(", ")}
+    under = " under a 32-bit system" if found.os_bits == 32 else ""
+    stated = {figure for figure in FIGURES if getattr(found, figure)}
+    wanted = {figure + (under if figure == "extensions" else "") for figure in stated}
+    assert wanted <= named
+    assert {"cpu", "cores", "clock_ghz", "memory_gb"} <= stated
+
+
+@pytest.mark.parametrize("name", [name for name in BOARDS if not name.endswith("-32bit")])
+def test_a_64_bit_system_runs_both_and_is_emulated(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.machine, found.os_bits, found.targets) == ("aarch64", 64, ("rpi", "tflite", "onnx"))
+    assert found.runtimes == {"onnx": "onnxruntime", "tflite": "ai-edge-litert"}
+    assert set(found.runtimes.values()) <= set(found.wheels)
+    assert found.emulate == str(found.cpu).lower()
+    assert "asimd" in found.extensions
+
+
+def test_only_the_raspberry_pi_5_has_dot_product_and_half_precision() -> None:
+    for extension in ("asimddp", "asimdhp", "fphp"):
+        assert [name for name in BOARDS if extension in device.resolve(name).extensions] == ["raspberry-pi-5"]
+
+
+@pytest.mark.parametrize("name", [name for name in BOARDS if name.endswith("-32bit")])
+def test_a_32_bit_system_has_tflite_runtime_and_nothing_else(name: str) -> None:
+    found, board = device.resolve(name), device.resolve(name.removesuffix("-32bit"))
+    assert (found.machine, found.os_bits, found.targets) == ("armv7l", 32, ("tflite",))
+    assert found.runtimes == {"tflite": "tflite-runtime"}
+    assert not {"onnxruntime", "ai-edge-litert"} & set(found.wheels)
+    assert found.emulate == ""
+    same = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "bandwidth_kind")
+    assert [getattr(found, key) for key in same] == [getattr(board, key) for key in same]
+
+
+@pytest.mark.parametrize("target", ["onnx", "rpi"])
+def test_a_32_bit_system_refuses_what_it_cannot_run(target: str) -> None:
+    with pytest.raises(UsageError, match="does not run this target") as caught:
+        make_job("fmvit-digits", target=target, device="raspberry-pi-5-32bit")
+    assert caught.value.why == "it runs tflite"
