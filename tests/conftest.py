@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's own cache and recipes."""
     folder = tmp_path_factory.mktemp("home")
-    kept = {name: os.environ.get(name) for name in ("EDGEATTN_CACHE", "EDGEATTN_HOME")}
+    kept = {name: os.environ.get(name) for name in ("EDGEATTN_CACHE", "EDGEATTN_HOME", "XDG_CACHE_HOME")}
     os.environ["EDGEATTN_CACHE"] = str(folder / "cache")
     os.environ["EDGEATTN_HOME"] = str(folder / "config")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "user-cache")  # the runner's notes of what held
     yield folder
     for name, value in kept.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -40,6 +41,14 @@ def digits(home: Path) -> Bundle:
     import edgeattn
 
     return edgeattn.export("fmvit-digits", output=home / "bundles")
+
+
+@pytest.fixture(scope="session")
+def digits_tflite(home: Path) -> Bundle:
+    """The trained digits model as an fp32 TFLite bundle, made by the real pipeline."""
+    import edgeattn
+
+    return edgeattn.export("fmvit-digits", target="tflite", output=home / "bundles")
 
 
 @pytest.fixture

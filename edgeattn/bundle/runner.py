@@ -516,7 +516,10 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
         manifest = json.load(handle)
     if manifest["schema_version"] != SCHEMA_VERSION:
-        raise Problem(2, f"this runner reads manifests of schema {SCHEMA_VERSION}, not {manifest['schema_version']}")
+        age = "newer" if manifest["schema_version"] > SCHEMA_VERSION else "older"
+        raise Problem(2, f"this bundle's manifest is {age} than its runner", "copy the bundle again")
+    if importlib.util.find_spec("numpy") is None:
+        raise Problem(3, "NumPy is not installed", install_line(manifest))
     threads = options.threads or (min(4, os.cpu_count() or 1) if options.profile else 1)
     if options.golden:
         return compare_golden(manifest, part_of(manifest, options.golden), threads)
