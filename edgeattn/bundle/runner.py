@@ -99,7 +99,9 @@ def runtime_name(part: dict[str, Any]) -> str:
 
 def install_line(part: dict[str, Any]) -> str:
     """What brings the runtime to this machine."""
-    if part["backend"] == "tflite" and platform.machine() in ("armv6l", "armv7l"):
+    # A 32-bit system may run under a 64-bit kernel.
+    small = platform.machine().startswith("arm") or (platform.machine() == "aarch64" and sys.maxsize < 2**32)
+    if part["backend"] == "tflite" and small:
         return "python3 -m pip install 'numpy<2' tflite-runtime"
     return f"python3 -m pip install numpy {part['requirement']}"
 

@@ -173,6 +173,9 @@ lines = read('/proc/cpuinfo').splitlines()
 cpus = [line.split(':', 1)[1].strip() for line in lines if line.lower().startswith('model name')]
 about['cpu'] = '%s, %d cores' % (model or (cpus[0] if cpus else platform.machine()), os.cpu_count() or 1)
 names = ('numpy', 'onnxruntime', 'ai-edge-litert', 'tflite-runtime')
-print(json.dumps({'python': platform.python_version(), 'machine': platform.machine(), 'about': about,
+machine = platform.machine()
+if machine == 'aarch64' and sys.maxsize < 2**32:
+    machine = 'armv7l'  # a 32-bit system under a 64-bit kernel
+print(json.dumps({'python': platform.python_version(), 'machine': machine, 'about': about,
                   'versions': {name: version(name) for name in names}}))
 """

@@ -8,23 +8,17 @@ split by heads, (heads, C, d), and the tokens broadcast over the heads, it gives
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from edgeattn.targets.tflite.edit import Builder, shape_of
+
 aten = torch.ops.aten
 
 _VIEWS = (aten.reshape.default, aten.view.default)
 _SWAP = aten.transpose.int
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in value.shape):
-        return None
-    return tuple(value.shape)
 
 
 def _value(module: fx.GraphModule, node: Any) -> torch.Tensor | None:
@@ -43,7 +37,7 @@ def _is_pointwise(node: Any) -> bool:
     """A 1x1 convolution of stride 1 without padding or groups."""
     if not isinstance(node, fx.Node) or node.target is not aten.conv2d.default:
         return False
-    weight = _shape(node.args[1])  # type: ignore[arg-type]
+    weight = shape_of(node.args[1])
     defaults: tuple[Any, ...] = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])[3:7]
     plain = _pair(stride, 1) and _pair(padding, 0) and _pair(dilation, 1) and bool(groups == 1)
@@ -54,32 +48,8 @@ def _is_swap(node: Any) -> bool:
     """Transposes the last two axes."""
     if not isinstance(node, fx.Node) or node.target is not _SWAP:
         return False
-    rank = len(_shape(node) or ())
+    rank = len(shape_of(node) or ())
     return {axis % rank for axis in node.args[1:] if isinstance(axis, int)} == {rank - 1, rank - 2}
-
-
-class _Builder:
-    """Adds nodes before a given one, with their values and that one's place in the model."""
-
-    def __init__(self, module: fx.GraphModule, before: fx.Node) -> None:
-        self.module, self.before = module, before
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        with self.module.graph.inserting_before(self.before):
-            node = self.module.graph.call_function(function, args)
-        values = fx.map_arg(args, lambda n: n.meta["val"])
-        node.meta.update({k: v for k, v in self.before.meta.items() if k != "val"}, val=function(*values))
-        return node
-
-    def constant(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
-        name = f"heads_{len(self.module.graph.nodes)}"
-        self.module.register_buffer(name, value)
-        with self.module.graph.inserting_before(self.before):
-            node = self.module.graph.get_attr(name)
-        mode = like.meta["val"].fake_mode if hasattr(like.meta["val"], "fake_mode") else None
-        node.meta.update({k: v for k, v in self.before.meta.items() if k != "val"})
-        node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode else value
-        return node
 
 
 def _project(module: fx.GraphModule, view: fx.Node) -> bool:
@@ -92,7 +62,7 @@ def _project(module: fx.GraphModule, view: fx.Node) -> bool:
     if not _is_pointwise(conv):
         return False
     assert isinstance(conv, fx.Node)
-    source, shape, outer = conv.args[0], _shape(view), _shape(conv)
+    source, shape, outer = conv.args[0], shape_of(view), shape_of(conv)
     if shape is None or outer is None or len(shape) != 4 or len(conv.users) > 1:
         return False
     batch, heads, width, tokens = shape
@@ -106,7 +76,7 @@ def _project(module: fx.GraphModule, view: fx.Node) -> bool:
     bias = _value(module, conv.args[2]) if has_bias else None
     if weight is None or (has_bias and bias is None):
         return False
-    add = _Builder(module, view)
+    add = Builder(module, view)
     split = weight[:, :, 0, 0].reshape(heads, width, -1).transpose(1, 2).contiguous()
     last = add(aten.permute.default, source, [0, 2, 3, 1])
     flat = add(aten.reshape.default, last, [batch, 1, tokens, split.shape[1]])
@@ -139,13 +109,13 @@ def _mix(module: fx.GraphModule, view: fx.Node) -> bool:
         return False
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    inner, outer = _shape(product), _shape(view)
+    inner, outer = shape_of(product), shape_of(view)
     if inner is None or outer is None or len(inner) != 4 or len(outer) != 4:
         return False
     batch, heads, width, tokens = inner
     if outer[:2] != (batch, heads * width) or outer[2] * outer[3] != tokens:
         return False
-    add = _Builder(module, view)
+    add = Builder(module, view)
     mixed = _flat_matmul(add, right.args[0], left.args[0])
     mixed = add(aten.permute.default, mixed, [0, 2, 1, 3])
     mixed = add(aten.reshape.default, mixed, [batch, outer[2], outer[3], heads * width])
@@ -155,12 +125,12 @@ def _mix(module: fx.GraphModule, view: fx.Node) -> bool:
     return True
 
 
-def _flat_matmul(add: _Builder, left: Any, right: Any, swapped: bool = False) -> fx.Node:
+def _flat_matmul(add: Builder, left: Any, right: Any, swapped: bool = False) -> fx.Node:
     """left @ right over (B, heads, ., .), or left @ swap(right), with both leading axes as one.
 
     In this form the converter makes the swap a flag of BATCH_MATMUL.
     """
-    a, b = _shape(left), _shape(right)
+    a, b = shape_of(left), shape_of(right)
     assert a is not None
     assert b is not None
     first = add(aten.reshape.default, left, [a[0] * a[1], a[2], a[3]])
@@ -174,11 +144,11 @@ def _flat_matmul(add: _Builder, left: Any, right: Any, swapped: bool = False) ->
 def _score(module: fx.GraphModule, product: fx.Node) -> bool:
     """Given matmul(q, swap(k)) over equal leading axes (B, heads). Result: the swap as a flag of the matmul."""
     left, right = product.args
-    a, b = _shape(left), _shape(right)  # type: ignore[arg-type]
+    a, b = shape_of(left), shape_of(right)
     if not _is_swap(right) or a is None or b is None or len(a) != 4 or len(b) != 4 or a[:2] != b[:2]:
         return False
     assert isinstance(right, fx.Node)
-    add = _Builder(module, product)
+    add = Builder(module, product)
     product.replace_all_uses_with(_flat_matmul(add, left, right.args[0], swapped=True))
     module.graph.erase_node(product)
     return True

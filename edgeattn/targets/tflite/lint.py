@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.lint import Finding, RuleBook
+from edgeattn.lint import Finding, RuleBook, Severity
 from edgeattn.targets.tflite import TFLITE_RUNTIME
 
 if TYPE_CHECKING:
@@ -25,13 +25,20 @@ def _module(node: Any) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _needs_window(node: Any) -> bool:
-    """An average pooling whose divisor changes at the border."""
-    defaults: tuple[Any, ...] = (None, None, [], 0, False, True, None)
-    padding, ceil_mode, counts_padding, divisor = (*tuple(node.args), *defaults[len(node.args) :])[3:]
-    padded = any(padding if isinstance(padding, list | tuple) else [padding])
-    # Where the sizes divide, ceil_mode changes no value, but the converter does not see that.
-    return bool(ceil_mode) or divisor is not None or (padded and not counts_padding)
+def _pooling(node: Any) -> tuple[str, str]:
+    """The rule that a pooling falls under, and what it is; two empty strings for none."""
+    import torch
+
+    from edgeattn.targets.tflite.pools import Pool
+
+    aten = torch.ops.aten
+    pool = Pool.of(node)
+    if pool is not None and not pool.plain:
+        return "average-pool", f"{node.name}: {pool}"
+    dilation = node.args[4] if node.target is aten.max_pool2d.default and len(node.args) > 4 else 1
+    dilated = any(n != 1 for n in (dilation if isinstance(dilation, list | tuple) else [dilation]))
+    volume = node.target in (aten.avg_pool3d.default, aten.max_pool3d.default)
+    return ("reduce-window", str(node.name)) if dilated or volume else ("", "")
 
 
 def lint(program: Program, device: Device | None) -> list[Finding]:
@@ -42,7 +49,6 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
     """
     import torch
 
-    aten = torch.ops.aten
     old = device is not None and device.runtimes.get("tflite") == TFLITE_RUNTIME
     found = []
     for name, entry in program.entries.items():
@@ -55,10 +61,11 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
             if inner in wide:
                 found.append(_book().finding("int64-input", "", f"input {shown} of entry {name}"))
         for node in entry.graph.graph.nodes:
-            target = node.target
-            if target is aten.avg_pool2d.default and _needs_window(node):
-                found.append(_book().finding("ceil-mode-pool", _module(node), str(node.name), "error" if old else None))
-            elif "batch_norm" in str(target):
+            rule, detail = _pooling(node)
+            if rule:
+                severity: Severity | None = "error" if old and rule == "reduce-window" else None
+                found.append(_book().finding(rule, _module(node), detail, severity))
+            elif "batch_norm" in str(node.target):
                 found.append(_book().finding("batch-norm-left", _module(node), str(node.name)))
     return found
 

@@ -21,6 +21,7 @@ from edgeattn.targets.tflite import flatbuffer, versions
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
 from edgeattn.targets.tflite.matmul import matmuls
+from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
 
 #: One file holds all entries.
@@ -75,6 +76,7 @@ def _prepare(entry: Entry, layout: str) -> tuple[fx.GraphModule, tuple[torch.Ten
     """The entry's module, example inputs, which of them are images with channels last, and rewritten projections."""
     module = entry.graph.module()
     assert isinstance(module, fx.GraphModule)
+    plain_pools(module)
     rewritten = without_transposes(module)
     inputs = _zeros(entry)
     images: frozenset[int] = frozenset()

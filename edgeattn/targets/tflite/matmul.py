@@ -14,7 +14,7 @@ def matmuls(model: Any) -> int:
 
     Given: FULLY_CONNECTED(x (..., N, K), w (M, K)) where w is no constant, without bias or activation: attention with a
     single head. XNNPACK wants constant weights there. Result: BATCH_MATMUL(x, w) with the second one transposed, which
-    it takes.
+    it takes. A product that the converter got wrong, of a swapped x, becomes right.
 
     Returns:
         The number that was replaced.
@@ -34,7 +34,10 @@ def matmuls(model: Any) -> int:
             )
             shapes = [list(graph.tensors[t].shape) for t in (x, w, operator.outputs[0])]
             float32 = all(graph.tensors[t].type == schema.TensorType.FLOAT32 for t in (x, w))
-            if not (computed and plain and float32) or shapes[2] != [*shapes[0][:-1], shapes[1][0]]:
+            straight = shapes[2] == [*shapes[0][:-1], shapes[1][0]]
+            # litert-torch 0.10 takes a swap of x into the layer, which has no flag for it: LiteRT does not load that.
+            swapped = shapes[0][-1] != shapes[1][-1] and shapes[2] == [*shapes[0][:-2], shapes[0][-1], shapes[1][0]]
+            if not (computed and plain and float32 and (straight or swapped)):
                 continue
             if code is None:
                 code = len(model.operatorCodes)
@@ -43,7 +46,7 @@ def matmuls(model: Any) -> int:
                 made.version = 1
                 model.operatorCodes.append(made)
             flags = schema.BatchMatMulOptionsT()
-            flags.adjY = True
+            flags.adjX, flags.adjY = bool(swapped), True
             operator.opcodeIndex, operator.inputs = code, [x, w]
             operator.builtinOptions, operator.builtinOptionsType = flags, schema.BuiltinOptions.BatchMatMulOptions
             count += 1
