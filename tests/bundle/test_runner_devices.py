@@ -185,3 +185,10 @@ class TestTFLiteRuntime214:
         assert bundle.manifest.facts["runtime"] == "tflite-runtime"
         result = json.loads(run(bundle.path, "--json", python=old_python).stdout)
         assert result["holds"], result
+
+    def test_the_table_of_its_operators_is_what_it_says(self, old_python: str) -> None:
+        from edgeattn.targets.tflite.versions import TFLITE_RUNTIME_2_14
+
+        script = Path(__file__).resolve().parents[2] / "examples" / "tflite_operator_versions.py"
+        done = subprocess.run([sys.executable, script, old_python], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == TFLITE_RUNTIME_2_14
