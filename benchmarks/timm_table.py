@@ -69,8 +69,10 @@ def export(name: str, target: str, precision: str) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         manifests = list(Path(folder).glob("*/manifest.json"))
         if done.returncode or not manifests:
-            lines = [line.strip() for line in done.stderr.splitlines() if not line.startswith("  ") or "why" in line]
-            return {"name": name, "code": done.returncode, "why": " ".join(lines[-3:])[:300], "seconds": seconds}
+            said = [line.strip() for line in done.stderr.splitlines()]
+            told = [line for line in said if line.startswith(("error:", "value", "for comparison:"))] or said[-3:]
+            why = "; ".join(" ".join(line.split()) for line in told)[:400]
+            return {"name": name, "code": done.returncode, "why": why, "seconds": seconds}
         manifest = json.loads(manifests[0].read_text())
         size = sum(i["size"] for n, i in manifest["files"].items() if n == manifest["entries"]["main"]["file"])
     samples = [s for key, s in manifest["numerics"].items() if key != "reference"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from edgeattn import targets
 from edgeattn.core import tools
 from edgeattn.pipeline.cache import Cache
+from edgeattn.profile import emulator
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ _PACKAGES = (
     ("timm", "models timm:NAME", "'edgeattn[timm]'"),
     ("coremltools", "Core ML toolchain", "'edgeattn[coreml]'"),
     ("litert-torch", "TFLite toolchain, conversion", "'edgeattn[tflite]'"),
+    ("ai-edge-quantizer", "TFLite toolchain, int8 weights", "'edgeattn[tflite]'"),
     ("ai-edge-litert", "TFLite toolchain, runtime", "'edgeattn[tflite]'"),
     ("tensorrt-rtx", "TensorRT toolchain", "'edgeattn[tensorrt]'"),
     ("jinja2", "HTML reports", "'edgeattn[report]'"),
@@ -63,6 +65,17 @@ def _target(name: str) -> Finding:
     return Finding(f"target {name}", purpose, availability.found, availability.detail, availability.fix)
 
 
+def _emulator() -> Finding:
+    purpose = "a Raspberry Pi's numbers without one"
+    try:
+        found = emulator.find()
+    except Exception as error:
+        return Finding("emulator", purpose, False, f"{type(error).__name__}: {error}", "edgeattn device setup qemu")
+    if found is None:
+        return Finding("emulator", purpose, False, "not set up", "edgeattn device setup qemu")
+    return Finding("emulator", purpose, True, f"qemu {found.versions.get('qemu-user', '')} in {found.folder}")
+
+
 def _cache() -> Finding:
     root = Cache.default().root
     try:
@@ -88,4 +101,4 @@ def examine() -> list[Finding]:
         names = targets.names()
     except Exception:  # broken metadata of somebody else's package
         names = []
-    return [python, *(_package(*row) for row in _PACKAGES), *(_target(name) for name in names), _cache()]
+    return [python, *(_package(*row) for row in _PACKAGES), *(_target(name) for name in names), _emulator(), _cache()]

@@ -101,7 +101,7 @@ def install_line(part: dict[str, Any]) -> str:
     """What brings the runtime to this machine."""
     # A 32-bit system may run under a 64-bit kernel.
     small = platform.machine().startswith("arm") or (platform.machine() == "aarch64" and sys.maxsize < 2**32)
-    if part["backend"] == "tflite" and small:
+    if part["backend"] == "tflite" and (small or part["requirement"] == "tflite-runtime"):
         return "python3 -m pip install 'numpy<2' tflite-runtime"
     return f"python3 -m pip install numpy {part['requirement']}"
 

@@ -72,3 +72,29 @@ def first_divergence(context: Context, runtime: Runtime, inputs: Sequence[Tensor
                 f"relative L2 {measured.relative_l2:.3g}, largest reference value {float(np.abs(reference).max()):.3g}"
             )
     return "no single module: the error builds up over the whole graph"
+
+
+def own_rounding(context: Context, feeds: dict[str, Array], reference: dict[str, Array]) -> list[str]:
+    """How far the reference itself, in float32, is from the deploy form in float64, by output, in words.
+
+    An artifact cannot be held to less than its model's own rounding; random weights can amplify it without bound.
+    """
+    import copy
+
+    import torch
+
+    from edgeattn.capture import run_eager
+
+    model = copy.deepcopy(context.value("reparameterize")).double()
+    wide = {k: torch.from_numpy(v.copy()) for k, v in feeds.items()}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in wide.items()}
+    try:
+        exact = run_eager(model, wide, tuple(reference))
+    except Exception:  # a model that makes float32 tensors of its own does not run in float64
+        return []
+    far = {
+        k: compare(exact[k].numpy().astype(np.float64), v.astype(np.float64)).relative_l2 for k, v in reference.items()
+    }
+    return [
+        f"for comparison: the float32 reference's own rounding of {k} is {n:.2g} (from float64)" for k, n in far.items()
+    ]

@@ -31,7 +31,7 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
     reference = f"training form, float32, {run.records['reference'].facts['data']}"
     return {
         "backend": job.target,
-        "requirement": target.package(),
+        "requirement": target.package() and (job.runtime or target.package()),
         "entries": {
             name: EntryInfo(
                 file=entry["file"],

@@ -21,9 +21,11 @@ def test_export_says_what_was_proven_and_what_to_do_next(edgeattn_cli: Cli, digi
         assert words in done.stdout
     following = [line.strip() for line in done.stdout.partition("next:")[2].splitlines() if line.strip()]
     assert following[0] == f"edgeattn verify {path}"
-    for line in following[:2]:
+    *commands, runner = following
+    assert [line.split()[1] for line in commands] == ["verify", "profile", "inspect"]
+    for line in commands:
         assert edgeattn_cli(*line.split()[1:]).returncode == 0
-    run = following[2].partition("(")[0].split()
+    run = runner.partition("(")[0].split()
     assert subprocess.run([sys.executable, *run[1:]], capture_output=True).returncode == 0
 
 
@@ -126,7 +128,7 @@ def test_inspect(edgeattn_cli: Cli, digits: Bundle) -> None:
     shown = edgeattn_cli("inspect", digits.path).stdout
     for words in ("model.onnx", "Conv", "logits", "onnxruntime", "358 of 360"):
         assert words in shown
-    assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 1
+    assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 2
 
 
 def test_another_input_size_is_exported_and_said_not_to_be_scored(edgeattn_cli: Cli, tmp_path: Path) -> None:

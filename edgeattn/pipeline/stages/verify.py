@@ -11,7 +11,7 @@ from edgeattn import targets
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import TOLERANCES, Array, Numerics, compare
 from edgeattn.pipeline.context import Context
-from edgeattn.pipeline.diverge import first_divergence
+from edgeattn.pipeline.diverge import first_divergence, own_rounding
 from edgeattn.pipeline.stages.lower import artifact_of
 from edgeattn.targets.base import Runtime, Tensor, own_feeds
 
@@ -56,6 +56,7 @@ def _fail(
     runtime: Runtime,
     inputs: Sequence[Tensor],
     feeds: dict[str, Array],
+    reference: dict[str, Array],
     failed: list[str],
     tolerance: float,
 ) -> None:
@@ -68,7 +69,7 @@ def _fail(
         where=first_divergence(context, runtime, inputs, feeds),
         why=f"tolerance is a relative L2 of {tolerance:g} for {precision}",
         fix=fix,
-        details=failed[1:],
+        details=[*failed[1:], *own_rounding(context, feeds, reference)],
     )
 
 
@@ -101,7 +102,7 @@ def run(context: Context) -> dict[str, Any]:
                 if not n.holds(tolerance)
             ]
             if failed:
-                _fail(context, runtime, inputs, sample_feeds, failed, tolerance)
+                _fail(context, runtime, inputs, sample_feeds, reference, failed, tolerance)
     task = _task(context, runtime, inputs)
     if task and abs(task["artifact_correct"] - task["reference_correct"]) > SAMPLES_OFF:
         raise CheckFailed(

@@ -80,15 +80,17 @@ def _dtype(value: object) -> str:
 class _NullRuntime:
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
+        self._modules: dict[str, Any] = {}
 
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         spec = entry_of(self._artifact, entry)
         check_feeds(spec.inputs, feeds)
-        graph = torch.export.load(self._artifact.folder / spec.file)
+        if entry not in self._modules:
+            self._modules[entry] = torch.export.load(self._artifact.folder / spec.file).module()
         with torch.no_grad():
-            result = graph.module()(*(torch.from_numpy(feeds[i.name]) for i in spec.inputs))
+            result = self._modules[entry](*(torch.from_numpy(feeds[i.name]) for i in spec.inputs))
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return {output.name: leaf.detach().numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
 
