@@ -198,6 +198,19 @@ def test_operations_without_a_form_are_all_named(tmp_path: Path) -> None:
     assert "odd" in str(caught.value)
 
 
+def test_what_the_converter_fails_at_is_named(tmp_path: Path) -> None:
+    class Rotated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = torch.view_as_complex(x.reshape(2, 2, 2)) * 1j
+            return torch.view_as_real(turned).flatten(-2)
+
+    with pytest.raises(ConversionFailed, match="converter failed") as caught:
+        Lowered(nn.Sequential(nn.Identity(), Rotated()), {"x": torch.randn(2, 4)}, tmp_path)
+    assert caught.value.value == "aten.view_as_complex.default"
+    assert caught.value.where == "module 1"
+    assert "complex64" in str(caught.value.why)
+
+
 class Attention(nn.Module):
     def __init__(self, channels: int, sr: int, head_dim: int) -> None:
         super().__init__()

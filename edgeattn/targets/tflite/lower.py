@@ -107,8 +107,13 @@ def _convert(program: Program, layout: str) -> tuple[bytes, dict[str, frozenset[
             raise _failure(program, error) from error
 
 
-def _failure(program: Program, error: Exception) -> ConversionFailed:
-    """Every operation that the converter has no lowering for, with its module path; or its own reason."""
+def _module(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and stack[-1][0] else "(model)"
+
+
+def _without_form(program: Program) -> list[str]:
+    """Every operation that the converter has no lowering for, with its module path."""
     from litert_torch import fx_infra
     from litert_torch.backend.lowerings import registry
 
@@ -121,26 +126,37 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
                 if node.op != "call_function" or "getitem" in str(node.target):
                     continue
                 if registry.global_registry.lookup(node.target) is None:
-                    stack = list((node.meta.get("nn_module_stack") or {}).values())
-                    found.add(f"{node.target} in module {stack[-1][0] if stack and stack[-1][0] else '(model)'}")
+                    found.add(f"{node.target} in module {_module(node)}")
+    return sorted(found)
+
+
+def _failure(program: Program, error: Exception) -> ConversionFailed:
+    """All that the converter has no form for; or its own reason, with the operation and the modules that have it."""
+    said = str(error)
+    found = _without_form(program) if "Lowering not found" in said else []
     if found:
         return ConversionFailed(
             "operations have no TFLite form",
             why=f"{len(found)} found",
             fix="write them with other PyTorch operations",
-            details=sorted(found),
+            details=found,
         )
     first: BaseException = error
     while first.__cause__ is not None:
         first = first.__cause__
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(first.args[0] if first.args else first).splitlines() if line.strip()]
     mark = re.escape(flatbuffer.MARK)
-    modules = sorted(set(re.findall(f"{mark}([^{mark};\\s]*){mark}", str(error))))
+    modules = set(re.findall(f"{mark}([^{mark};\\s]*){mark}", said))
+    called = re.search(r"While executing %\S+ : .*target=torch\.ops\.([\w.]+)", said)
+    if called and not modules:
+        nodes = [node for entry in program.entries.values() for node in entry.graph.graph.nodes]
+        modules = {_module(node) for node in nodes if str(node.target) == called[1]}
     return ConversionFailed(
         "the TFLite converter failed",
+        value=called[1] if called else None,
         why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400],
-        where=f"module {', '.join(m or '(model)' for m in modules[:5])}" if modules else None,
-        details=lines[1:6],
+        where=f"module {', '.join(m or '(model)' for m in sorted(modules)[:5])}" if modules else None,
+        details=[line for line in lines[1:6] if not line.startswith(("Original traceback", "None", "Use tlparse"))],
     )
 
 
