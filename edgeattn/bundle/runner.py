@@ -456,9 +456,10 @@ def show(result: dict[str, Any]) -> str:
     """The result for a person."""
     lines = []
     if "outputs" in result:
-        lines = [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
+        lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
+        lines += [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
     elif "p50" in result:
-        lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, {result['threads']} threads")
+        lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines.append(
             "  ".join(f"{key} {result[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms"
         )
@@ -466,7 +467,8 @@ def show(result: dict[str, Any]) -> str:
         lines += [f"{when}: {_state(result[when])}" for when in ("before", "after") if _state(result[when])]
     else:
         word = "holds" if result["holds"] else "DOES NOT HOLD"
-        lines.append(f"{result['bundle']}: {word} under {result['runtime']}, Python {result['python']}")
+        about = f"Python {result['python']}, threads {result['threads']}"
+        lines.append(f"{result['bundle']}: {word} under {result['runtime']}, {about}")
         for part in result["parts"]:
             if "missing" in part:
                 lines.append(f"{part['backend']}: not checked, its runtime is not here; {part['fix']}")

@@ -12,6 +12,7 @@ from edgeattn.cli._options import job_options, parse_args
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from edgeattn.bundle import Bundle
     from edgeattn.bundle.manifest import ArtifactInfo
     from edgeattn.pipeline.export import Exported
 
@@ -81,14 +82,31 @@ def _report(exported: Exported, unscored: str | None) -> None:
     out.print(facts)
     out.print()
     out.print("next:")
-    device = f" --device {escape(manifest.device)}" if manifest.device else ""
-    out.print(f"  edgeattn verify {path}{device}", soft_wrap=True)
+    for line in _next(bundle):
+        out.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def _next(bundle: Bundle) -> list[str]:
+    """The commands that follow, each of which can be run as it stands, or says what it waits for."""
+    from edgeattn import device
+
+    manifest, path = bundle.manifest, bundle.path
+    place = device.resolve(manifest.device) if manifest.device else None
+    lines = [f"edgeattn verify {path}"]
     requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
+    if place is not None and place.connect:
+        lines = [f"edgeattn {what} {path} --device {place.name}" for what in ("verify", "profile")]
+    elif requirements:
+        lines.append(f"edgeattn profile {path}")
+    if place is not None and place.kind != "host" and not place.connect:
+        if place.emulate:
+            lines.append("edgeattn device setup qemu    (once: what emulates it)")
+            lines.append(f"edgeattn verify {path} --device {place.name}    (emulated)")
+        lines.append(f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)")
+    lines.append(f"edgeattn inspect {path}")
     if requirements:
-        out.print(f"  edgeattn profile {path}{device}", soft_wrap=True)
-    out.print(f"  edgeattn inspect {path}", soft_wrap=True)
-    if requirements:
-        out.print(f"  python {path}/run.py    (on the device: needs numpy and {requirements})", soft_wrap=True)
+        lines.append(f"python {path}/run.py    (on the device: needs numpy and {requirements})")
+    return lines
 
 
 def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: str) -> None:

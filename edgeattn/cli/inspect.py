@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgeattn.bundle.manifest import ArtifactInfo
 
 
 @click.command("inspect", short_help="Show what is in a bundle and what was proven.")
@@ -13,7 +22,7 @@ def command(bundle: str, as_json: bool) -> None:
     from rich.markup import escape
 
     from edgeattn.bundle import Bundle
-    from edgeattn.cli._show import console, numerics_rows, size, table
+    from edgeattn.cli._show import console, size, table
 
     manifest = Bundle.open(bundle).manifest
     if as_json:
@@ -29,35 +38,71 @@ def command(bundle: str, as_json: bool) -> None:
     weights = manifest.weights
     facts.add_row("weights", "random" if weights.kind == "random" else f"checkpoint, SHA-256 {weights.sha256}")
     facts.add_row("made", f"{manifest.created} on {manifest.host['system']} {manifest.host['machine']}")
-    facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
-    if manifest.task:
-        task = manifest.task
+    fused = manifest.reparam.get("fused", [])
+    facts.add_row("reparameterized", f"{len(fused)} blocks fused, {len(manifest.reparam.get('not_fused', []))} not")
+    if manifest.choice:
+        facts.add_row("in front", escape(f"{manifest.choice['front']}. {manifest.choice['why']}"))
+    for info in manifest.artifacts:
+        _artifact_rows(facts, info)
+    out.print(facts)
+    for info in manifest.artifacts:
+        _details(out, info, f" ({info.backend})" if manifest.alternatives else "")
+    out.print()
+    files = table("file", "size", "SHA-256", right=("size",))
+    for name, file in manifest.files.items():
+        files.add_row(escape(name), size(file.size), file.sha256[:16])
+    out.print(files)
+
+
+def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
+    """One artifact: its versions, what it was proven with, its score and its entries."""
+    from rich.markup import escape
+
+    facts.add_row(f"artifact {info.backend}", ", ".join(f"{name} {version}" for name, version in info.tools.items()))
+    proven = ", ".join(f"{r.name} {r.version} on {r.machine}" for r in info.runtimes)
+    needs = f"; the device needs {info.requirement}" if info.requirement else ""
+    facts.add_row("  proven with", f"{proven}{needs}")
+    if info.task:
+        task = info.task
         facts.add_row(
-            "accuracy",
+            "  accuracy",
             f"{task['artifact_correct']} of {task['samples']} held-out samples, PyTorch {task['reference_correct']}",
         )
-    for name, entry in manifest.entries.items():
-        ins = ", ".join(f"{t.name} {tuple(t.shape)} {t.dtype}" for t in entry.inputs)
+    for name, entry in info.entries.items():
+        ins = ", ".join(f"{t.name} {tuple(t.shape)} {t.dtype}{f' {t.layout}' * bool(t.layout)}" for t in entry.inputs)
         outs = ", ".join(f"{t.name} {tuple(t.shape)} {t.dtype}" for t in entry.outputs)
-        facts.add_row(f"entry {name}", escape(f"{entry.file}: {ins} -> {outs}"))
-        nodes = manifest.facts.get("entries", {}).get(name, {}).get("nodes", {})
+        facts.add_row(f"  entry {escape(name)}", escape(f"{entry.file}: {ins} -> {outs}"))
+        nodes = info.facts.get("entries", {}).get(name, {}).get("nodes", {})
         if nodes:
             most = ", ".join(f"{op} {count}" for op, count in list(nodes.items())[:10])
             facts.add_row("", f"{sum(nodes.values())} nodes: {most}{' …' if len(nodes) > 10 else ''}")
-    fused = manifest.reparam.get("fused", [])
-    facts.add_row("reparameterized", f"{len(fused)} blocks fused, {len(manifest.reparam.get('not_fused', []))} not")
-    out.print(facts)
+
+
+def _details(out: Console, info: ArtifactInfo, which: str) -> None:
+    """Numbers by golden sample, then what stayed as it was and what lint found, with modules."""
+    from rich.markup import escape
+
+    from edgeattn.cli._show import numerics_rows, table
+
     out.print()
-    rows = table("numbers against the reference", "output", "relative L2", "max abs", "SQNR", "cosine", "not finite")
-    for row in numerics_rows(manifest.numerics):
+    columns = (f"numbers against the reference{which}", "output", "relative L2", "max abs", "SQNR", "cosine")
+    rows = table(*columns, "not finite")
+    for row in numerics_rows(info.numerics):
         rows.add_row(*(escape(cell) for cell in row))
     out.print(rows)
-    for entry_name, entry_facts in manifest.facts.get("entries", {}).items():
-        for kept in entry_facts.get("kept_in_fp32", []):
-            text = f"kept in fp32 ({entry_name}): {kept['op']} in module {kept['module'] or '(model)'}: {kept['why']}"
+    for name, entry in info.facts.get("entries", {}).items():
+        for kept in entry.get("kept_in_fp32", []):
+            text = f"kept in fp32 ({name}): {kept['op']} in module {kept['module'] or '(model)'}: {kept['why']}"
             out.print(escape(text), soft_wrap=True)
-    out.print()
-    files = table("file", "size", "SHA-256", right=("size",))
-    for name, info in manifest.files.items():
-        files.add_row(escape(name), size(info.size), info.sha256[:16])
-    out.print(files)
+    found: dict[str, list[str]] = {}
+    for finding in info.lint:
+        found.setdefault(f"{finding['rule']} ({finding['severity']}): {finding['what']}", []).append(
+            f"{finding['module'] or '(model)'}: {finding['detail']}"
+        )
+    if found:
+        out.print()
+        out.print(f"[bold]lint{which}[/bold]")
+    for rule, places in found.items():
+        out.print(escape(rule), soft_wrap=True)
+        for place, count in Counter(places).items():
+            out.print(escape(f"  {place}{f', {count} times' if count > 1 else ''}"), soft_wrap=True)

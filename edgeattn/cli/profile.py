@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 
@@ -35,11 +33,10 @@ def command(bundle: str, device: str, backend: str | None, as_json: bool, **coun
     arguments = ["--profile"]
     for name, count in counts.items():
         arguments += [f"--{name}", str(count)] if count is not None else []
-    results: list[dict[str, Any]] = []
+    runs = [[*arguments, "--backend", name] for name in ([backend] if backend else backends)]
     with Status() as status:
-        for name in [backend] if backend else backends:
-            status.say(f"{name} on {transport.url}")
-            results.append(transport.run(opened.path, [*arguments, "--backend", name], status.say))
+        status.say(f"measuring on {transport.url}")
+        results = transport.run_all(opened.path, runs, status.say)
     if as_json:
         click.echo(json.dumps({"device": device, "results": results}, indent=1))
         return

@@ -21,13 +21,10 @@ _ARGUMENTS = ("--profile", "--threads", "1", "--runs", "10")
 def _measure(bundle: Bundle, transport: Transport, progress: Progress) -> dict[str, list[float]]:
     """Median latency in ms of every artifact, once for each round."""
     names = [info.backend for info in bundle.manifest.artifacts]
-    medians: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(ROUNDS):
-        for name in names:
-            progress.say(f"{name} on {transport.url}, round {turn + 1} of {ROUNDS}")
-            answer = transport.run(bundle.path, [*_ARGUMENTS, "--backend", name], progress.say)
-            medians[name].append(float(answer["p50"]))
-    return medians
+    progress.say(f"{' and '.join(names)} on {transport.url}, {ROUNDS} rounds")
+    runs = [[*_ARGUMENTS, "--backend", name] for _ in range(ROUNDS) for name in names]
+    answers = transport.run_all(bundle.path, runs, progress.say)
+    return {name: [float(answer["p50"]) for answer in answers[i :: len(names)]] for i, name in enumerate(names)}
 
 
 def choose(bundle: Bundle, device: str | None, progress: Progress) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
@@ -223,7 +224,7 @@ def setup(say: Say) -> Emulator:
         shutil.copy2(work / "qemu" / "usr" / "bin" / "qemu-aarch64", emulator.qemu)
         say("fetching wheels for aarch64")
         _wheels(emulator.packages, work)
-        versions = {"qemu-user": deb.name.split("_")[1], **_wanted()}
+        versions = {"qemu-user": unquote(deb.name.split("_")[1]), **_wanted()}
         shutil.rmtree(work)
         stamp = {"made_from": _stamp(), "versions": versions}
         (folder / "stamp.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")

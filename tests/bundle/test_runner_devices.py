@@ -45,6 +45,8 @@ def test_it_profiles(fixture: str, request: pytest.FixtureRequest) -> None:
     shown = run(bundle.path, "--profile", "--runs", "5").stdout
     assert "p50" in shown
     assert "5 runs" in shown
+    assert f"under {result['runtime']}, threads " in shown
+    assert f"under {result['runtime']}, Python" in run(bundle.path).stdout
 
 
 def test_throttling_is_read_from_the_firmware(digits: Bundle, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import edgeattn
+from edgeattn import device
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed, DeviceUnreachable, ToolchainMissing, UsageError
 from edgeattn.profile.transports import ssh
@@ -69,6 +72,34 @@ def test_the_command_line_goes_there(server: Sshd, digits: Bundle, edgeattn_cli)
     gone = edgeattn_cli("verify", digits.path, "--device", "bench", **words)
     assert gone.returncode == 5
     assert "Traceback" not in gone.stderr
+
+
+def test_an_export_for_a_device_puts_the_faster_in_front_there(
+    server: Sshd, digits_tflite: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proxy = Proxy(server.port, [])
+    server.trust(proxy.port)
+    monkeypatch.setenv("EDGEATTN_HOME", str(tmp_path / "own"))
+    url = server.url.replace(str(server.port), str(proxy.port))
+    device.store("bench", {"base": "raspberry-pi-5", "connect": url, "description": "x", "python": sys.executable})
+    bundle = edgeattn.export("fmvit-digits", device="bench", output=tmp_path)
+    choice = bundle.manifest.choice
+    assert choice is not None
+    assert not choice["expected"]
+    assert choice["measured_on"] == url
+    assert {name: len(values) for name, values in choice["median_ms"].items()} == {"onnx": 3, "tflite": 3}
+    medians = {name: sorted(values)[1] for name, values in choice["median_ms"].items()}
+    assert bundle.manifest.backend == min(medians, key=lambda name: medians[name])
+    # Six measurements, but the bundle travelled once.
+    size = sum(p.stat().st_size for p in bundle.path.rglob("*") if p.is_file())
+    assert size < sum(proxy.sent) < 1.5 * size
+    assert server.left() == []
+    server.stop()
+    proxy.close()
+    unasked = edgeattn.export("fmvit-digits", device="bench", output=tmp_path, force=True).manifest.choice
+    assert unasked is not None
+    assert unasked["expected"]
+    assert "bench could not be asked" in unasked["why"]
 
 
 def test_an_unknown_host_key(server: Sshd, digits: Bundle) -> None:
@@ -151,24 +182,26 @@ def test_the_far_side_cleans_up_when_the_host_dies_while_it_runs(server: Sshd, d
     thread = threading.Thread(target=work)
     thread.start()
     deadline = time.monotonic() + 30
-    while "run.py --profile" not in _processes() and time.monotonic() < deadline:
+    while not _runners(server) and time.monotonic() < deadline:
         time.sleep(0.1)
     server.stop()
     thread.join(30)
     assert [type(error) for error in caught] == [DeviceUnreachable]
     deadline = time.monotonic() + 15
-    while (_staged(server) or "100000000" in _processes()) and time.monotonic() < deadline:
+    while (_staged(server) or _runners(server)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _staged(server) == []
-    assert "100000000" not in _processes()
+    assert _runners(server) == []
 
 
 def _staged(server: Sshd) -> list[str]:
     return [name for name in server.left() if "run.py" in name or "model" in name]
 
 
-def _processes() -> str:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+def _runners(server: Sshd) -> list[str]:
+    """Command lines of this server's far side; other tests may run beside."""
+    shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return re.findall(rf"{re.escape(str(server.far))}\S*/run\.py --profile.*", shown)
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edgeattn.capture import Program, capture, run_eager
-from edgeattn.core.errors import ConversionFailed, UsageError
+from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import compare
+from edgeattn.lint import Finding, gate
 from edgeattn.models.layers.rlmhsa import RLMHSA
-from edgeattn.targets.base import LowerPlan, own_feeds
-from edgeattn.targets.tflite import TFLITE_RUNTIME, TFLiteTarget, flatbuffer
+from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.tflite import TFLITE_RUNTIME, TFLiteTarget, flatbuffer, versions
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.pools import Pool, plain_pools
 
@@ -169,15 +170,28 @@ def test_a_pooling_in_a_network_is_one_operator(tmp_path: Path, padding: int) ->
     assert not [name for name in lowered.facts["nodes"] if name.startswith("STABLEHLO")]
 
 
+def too_new(artifact: Artifact) -> list[Finding]:
+    return [finding for finding in artifact.findings if finding.rule == "operator-too-new"]
+
+
 def test_an_operator_that_the_old_runtime_does_not_know_is_refused(tmp_path: Path) -> None:
-    pool = nn.MaxPool2d(3, dilation=2)
-    program = capture(pool.eval(), {"x": torch.randn(1, 3, 8, 8)}, ("y",))
-    (tmp_path / "new").mkdir()
-    made = TARGET.lower(program, LowerPlan("fp32", [], {}), tmp_path / "new")
-    assert "reduce-window" in {finding.rule for finding in made.findings}
-    with pytest.raises(ConversionFailed, match="does not know") as caught:
-        TARGET.lower(program, LowerPlan("fp32", [], {}, runtime=TFLITE_RUNTIME), tmp_path)
-    assert "STABLEHLO_REDUCE_WINDOW" in str(caught.value)
+    model, feeds = nn.Sequential(nn.MaxPool2d(3, dilation=2), nn.Conv2d(3, 4, 1)), {"x": torch.randn(1, 3, 8, 8)}
+    lowered = Lowered(model, feeds, tmp_path / "new")
+    assert "reduce-window" in {finding.rule for finding in lowered.artifact.findings}
+    assert [(f.severity, f.module) for f in too_new(lowered.artifact)] == [("note", "0")]
+    old = Lowered(model, feeds, tmp_path / "old", runtime=TFLITE_RUNTIME)
+    (finding,) = too_new(old.artifact)
+    assert finding.severity == "error"
+    assert finding.detail == "STABLEHLO_REDUCE_WINDOW, not known at all"
+    assert "ai-edge-litert" in finding.mend
+    with pytest.raises(CheckFailed, match="does not know"):
+        gate(list(old.artifact.findings))
+
+
+def test_the_precision_that_would_do_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(versions.TFLITE_RUNTIME_2_14, "DEQUANTIZE", 2)  # fp16 weights are unpacked by version 3
+    lowered = Lowered(nn.Linear(64, 64), {"x": torch.randn(1, 64)}, tmp_path, precision="fp16", runtime=TFLITE_RUNTIME)
+    assert {finding.mend for finding in too_new(lowered.artifact)} == {"--precision fp32 would do"}
 
 
 def test_operations_without_a_form_are_all_named(tmp_path: Path) -> None:

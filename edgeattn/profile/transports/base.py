@@ -60,6 +60,10 @@ class Transport(ABC):
                 UsageError: the bundle has no runner, or cannot be stored there.
         """
 
+    def run_all(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say = silent) -> list[dict[str, Any]]:
+        """``run`` for each list of arguments, in order; a transport that copies the bundle does so once for all."""
+        return [self.run(bundle, arguments, say) for arguments in runs]
+
     @abstractmethod
     def check(self) -> list[Found]:
         """What the device has and lacks. Raises DeviceUnreachable."""

@@ -110,10 +110,17 @@ class Ssh(Transport):
 
     def run(self, bundle: Path, arguments: Sequence[str], say: Say = silent) -> dict[str, Any]:
         """See ``Transport.run``. A link that is cut while files travel is made anew and goes on where it was."""
+        return self.run_all(bundle, [arguments], say)[0]
+
+    def run_all(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say = silent) -> list[dict[str, Any]]:
+        """See ``Transport.run_all``; the bundle travels once."""
         runner_of(bundle)
-        answer = self._wait(self._run(bundle, arguments, say))
+        return self._wait(self._run(bundle, runs, say))
+
+    def _answer(self, ended: dict[str, Any]) -> dict[str, Any]:
+        """What the runner said there."""
         try:
-            return result_of(parse_answer(answer["out"], answer["code"], answer["errors"], self.url), self.url)
+            return result_of(parse_answer(ended["out"], ended["code"], ended["errors"], self.url), self.url)
         except ToolchainMissing as error:
             # Debian's own Python refuses pip; an environment of one's own takes both.
             lacking = (error.fix or "").partition("install ")[2] or "numpy"
@@ -220,14 +227,14 @@ class Ssh(Transport):
         home, rest = ("~/", self._python[2:]) if self._python.startswith("~/") else ("", self._python)
         return home + shlex.quote(rest)
 
-    async def _run(self, bundle: Path, arguments: Sequence[str], say: Say) -> dict[str, Any]:
+    async def _run(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say) -> list[dict[str, Any]]:
         cut: _Cut | None = None
         for attempt in range(RETRIES + 1):
             if cut is not None:
                 say(f"the link was cut ({cut}); trying again")
                 await asyncio.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
-                return await self._once(bundle, arguments, say)
+                return await self._once(bundle, runs, say)
             except _Cut as error:
                 cut = error
             except DeviceUnreachable:
@@ -239,7 +246,7 @@ class Ssh(Transport):
             "the next command goes on from there",
         )
 
-    async def _once(self, bundle: Path, arguments: Sequence[str], say: Say) -> dict[str, Any]:
+    async def _once(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say) -> list[dict[str, Any]]:
         import asyncssh
 
         async with self._connected() as connection:
@@ -251,8 +258,11 @@ class Ssh(Transport):
                 sftp = await connection.start_sftp_client()
                 staging = await self._stage(sftp, bundle)
                 await self._copy(connection, sftp, bundle, staging, say)
-                say("running there")
-                return await self._launch(connection, staging, arguments)
+                answers = []
+                for number, arguments in enumerate(runs, 1):
+                    say(f"running there{f', {number} of {len(runs)}' if len(runs) > 1 else ''}")
+                    answers.append(self._answer(await self._launch(connection, staging, arguments)))
+                return answers
             except (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
                 kept = True
                 raise _Cut("while files travelled") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,21 +71,30 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
     return found
 
 
-def lint_flatbuffer(model: Any, entry: str, facts: dict[str, Any], data: bytes) -> list[Finding]:
+def lint_flatbuffer(
+    model: Any, entry: str, facts: dict[str, Any], data: bytes, *, runtime: str = "", would_do: str = ""
+) -> list[Finding]:
     """Findings in a converted entry.
 
     Args:
         facts: what ``flatbuffer.facts`` says of it.
         data: the file, which LiteRT loads to say what XNNPACK takes.
+        runtime: that it is made for; what tflite-runtime does not know is an error then.
+        would_do: a precision whose operators that runtime knows all, if there is one.
     """
+    from edgeattn.targets.tflite.versions import too_new
+    from edgeattn.targets.tflite.xnnpack import falls_off
+
     found = []
     moved = Counter((item["module"], item["of"]) for item in facts["transposes"])
     for (module, of), count in moved.items():
         found.append(_book().finding("transpose", module, f"{count} at the {of}" if of != "graph" else f"{count}"))
     if "STABLEHLO_REDUCE_WINDOW" in facts["nodes"]:
         found.append(_book().finding("reduce-window", "", f"{facts['nodes']['STABLEHLO_REDUCE_WINDOW']} in {entry}"))
-    from edgeattn.targets.tflite.xnnpack import falls_off
-
+    severity: Severity | None = "error" if runtime == TFLITE_RUNTIME else None
+    for module, detail in too_new(model, entry):
+        finding = _book().finding("operator-too-new", module, detail, severity)
+        found.append(replace(finding, mend=f"--precision {would_do} would do") if would_do else finding)
     outside: dict[str, Counter[str]] = defaultdict(Counter)
     for module, operator in falls_off(model, entry, data):
         outside[module][operator] += 1

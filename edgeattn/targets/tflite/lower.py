@@ -17,12 +17,13 @@ from torch import fx
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError
 from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan
-from edgeattn.targets.tflite import flatbuffer, versions
+from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
 from edgeattn.targets.tflite.matmul import matmuls
 from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
+from edgeattn.targets.tflite.versions import too_new
 
 #: One file holds all entries.
 FILE = "model.tflite"
@@ -163,24 +164,25 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write ``model.tflite`` into ``out``: a signature for each entry, with the recipe's names.
 
-    64-bit integers become 32-bit ones: a device's runtime takes no others. With ``plan.layout`` NHWC, float inputs of
+    64-bit integers become 32-bit ones: a device's runtime takes no others. What ``plan.runtime`` does not know is among
+    the findings, as an error. With ``plan.layout`` NHWC, float inputs of
     four dimensions are taken as (B, H, W, C), which saves the transpose at the start.
 
     Raises:
-        ConversionFailed: lists the operations without a TFLite form and their modules, or those that the device's
-            runtime does not know.
+        ConversionFailed: lists the operations without a TFLite form and their modules.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax, which the converter traces with, looks for a TPU otherwise
     data, images, rewritten = _convert(program, plan.layout)
     model = flatbuffer.read(data)
     flatbuffer.distinct_names(model)
     matmuls(model)
+    would_do = ""
     if plan.precision != "fp32":
+        would_do = "" if any(too_new(model, name) for name in program.entries) else "fp32"
         model = quantize(model, plan)
     for name, entry in program.entries.items():
         flatbuffer.rename(model, name, entry.inputs, entry.outputs)
     flatbuffer.share_weights(model)
-    versions.check(model, plan.runtime, plan.precision)
     flatbuffer.add_metadata(model, {**plan.metadata, "precision": plan.precision})
     written = flatbuffer.write(model)
     (out / FILE).write_bytes(written)
@@ -202,7 +204,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             "weight_bytes": flatbuffer.weight_bytes(model),
             "projections_without_transpose": rewritten[name],
         }
-        findings += lint_flatbuffer(model, name, facts[name], written)
+        findings += lint_flatbuffer(model, name, facts[name], written, runtime=plan.runtime, would_do=would_do)
     return Artifact(
         out,
         plan.precision,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeattn.core.errors import ConversionFailed
-from edgeattn.targets.tflite import TFLITE_RUNTIME, flatbuffer
+from edgeattn.targets.tflite import flatbuffer
 
 #: The highest version of every operator that tflite-runtime 2.14.0 (x86-64, Python 3.11) loads. Measured by offering it
 #: each builtin operator of LiteRT 2.3.0's schema in versions 1 to 15: ``examples/tflite_operator_versions.py``.
@@ -40,32 +39,16 @@ TFLITE_RUNTIME_2_14 = {
 # fmt: on
 
 
-def check(model: Any, runtime: str, precision: str) -> None:
-    """Whether the device's runtime knows every operator of a file.
-
-    Args:
-        runtime: a distribution; only tflite-runtime is older than what the converter writes for.
-
-    Raises:
-        ConversionFailed: names the operators and the torch modules that they came from.
-    """
-    if runtime != TFLITE_RUNTIME:
-        return
-    found: dict[str, str] = {}
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            name = flatbuffer.operator_name(model, operator)
-            version = int(model.operatorCodes[operator.opcodeIndex].version)
-            known = TFLITE_RUNTIME_2_14.get(name, 0)
-            if version > known:
-                module = flatbuffer.module_of(flatbuffer.text(graph.tensors[operator.outputs[0]].name)) or "(model)"
-                why = f"known up to version {known}" if known else "not known at all"
-                found[f"{name} version {version}, {why}: module {module}"] = name
-    if found:
-        raise ConversionFailed(
-            "the device's runtime does not know some operators",
-            value=", ".join(sorted(set(found.values()))),
-            why=f"tflite-runtime 2.14.0 runs older versions, or none; precision is {precision}",
-            fix="--precision fp32" if precision != "fp32" else "a 64-bit system with ai-edge-litert runs them",
-            details=found,
-        )
+def too_new(model: Any, entry: str) -> list[tuple[str, str]]:
+    """(torch module, operator and version) of all in an entry that tflite-runtime 2.14.0 does not know, each once."""
+    graph = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex]
+    found: dict[tuple[str, str], None] = {}
+    for operator in graph.operators:
+        name = flatbuffer.operator_name(model, operator)
+        version = int(model.operatorCodes[operator.opcodeIndex].version)
+        known = TFLITE_RUNTIME_2_14.get(name, 0)
+        if version > known:
+            module = flatbuffer.module_of(flatbuffer.text(graph.tensors[operator.outputs[0]].name))
+            why = f"version {version}, known up to {known}" if known else "not known at all"
+            found[module, f"{name}, {why}"] = None
+    return list(found)
