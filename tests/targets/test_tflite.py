@@ -308,6 +308,14 @@ def test_a_product_that_the_converter_gets_wrong_is_mended(tmp_path: Path) -> No
     assert Lowered(Single(), {"x": torch.randn(1, 3, 8, 8)}, tmp_path).close()
 
 
+def test_weights_that_no_flatbuffer_holds_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeattn.targets.tflite.lower.LARGEST", 64 * 65 * 4 - 1)
+    with pytest.raises(ConversionFailed, match="do not fit"):
+        Lowered(nn.Linear(64, 64), {"x": torch.randn(1, 64)}, tmp_path)
+    monkeypatch.setattr("edgeattn.targets.tflite.lower.LARGEST", 64 * 65 * 4)
+    assert Lowered(nn.Linear(64, 64), {"x": torch.randn(1, 64)}, tmp_path).close()
+
+
 def test_fp16_halves_the_weights(images: Lowered, tmp_path: Path) -> None:
     feeds = {"image": torch.from_numpy(images.feeds["image"]), "ids": torch.tensor([3, -4])}
     half = Lowered(images.model, feeds, tmp_path, precision="fp16")

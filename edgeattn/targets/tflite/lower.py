@@ -27,6 +27,8 @@ from edgeattn.targets.tflite.versions import too_new
 
 #: One file holds all entries.
 FILE = "model.tflite"
+#: A flatbuffer's offsets are signed 32-bit numbers, and the converter writes float32 whatever the precision.
+LARGEST = 2**31 - 1
 
 
 @contextlib.contextmanager
@@ -64,6 +66,23 @@ def _mark(module: fx.GraphModule) -> None:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = stack[-1][0] if stack else ""
         node.meta["nn_module_stack"] = {"": ("", f"{flatbuffer.MARK}{path}{flatbuffer.MARK}")}
+
+
+def _check_size(program: Program) -> None:
+    """Whether the weights fit in one file, said before the conversion.
+
+    Raises:
+        ConversionFailed: they do not.
+    """
+    tensors = (t for entry in program.entries.values() for t in entry.graph.state_dict.values())
+    total = sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}.values())
+    if total > LARGEST:
+        raise ConversionFailed(
+            "the weights do not fit in a .tflite file",
+            value=f"{total / 1e9:.2f} GB in float32",
+            why=f"a flatbuffer holds {LARGEST / 1e9:.2f} GB",
+            fix="--target onnx, which keeps large weights beside the graph; or a smaller model",
+        )
 
 
 def _zeros(entry: Entry) -> list[torch.Tensor]:
@@ -169,8 +188,9 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     four dimensions are taken as (B, H, W, C), which saves the transpose at the start.
 
     Raises:
-        ConversionFailed: lists the operations without a TFLite form and their modules.
+        ConversionFailed: lists the operations without a TFLite form and their modules; or the weights are too large.
     """
+    _check_size(program)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax, which the converter traces with, looks for a TPU otherwise
     data, images, rewritten = _convert(program, plan.layout)
     model = flatbuffer.read(data)
