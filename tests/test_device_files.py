@@ -39,7 +39,7 @@ def test_every_figure_has_a_source(name: str) -> None:
     stated = {figure for figure in FIGURES if getattr(found, figure)}
     wanted = {figure + (under if figure == "extensions" else "") for figure in stated}
     assert wanted <= named
-    assert {"cpu", "cores", "clock_ghz", "memory_gb"} <= stated
+    assert {"cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s"} <= stated
 
 
 @pytest.mark.parametrize("name", [name for name in BOARDS if not name.endswith("-32bit")])

@@ -175,12 +175,18 @@ def compare_golden(manifest: dict[str, Any], part: dict[str, Any], threads: int)
 
     worst, where, runtime = 0.0, "", ""
     samples = golden_samples(manifest)
-    opened = {entry: open_entry(part, entry, threads) for entry in sorted({entry for _, entry in samples})}
+    opened: dict[str, tuple[Run, str]] = {}
     for name, entry in samples:
         with np.load(place(name), allow_pickle=False) as data:
             feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
-            run, runtime = opened[entry]
-            outputs = run(fitted(part, entry, feeds))
+            try:
+                run, runtime = opened[entry] = opened.get(entry) or open_entry(part, entry, threads)
+                outputs = run(fitted(part, entry, feeds))
+            except Problem:
+                raise
+            except Exception as error:  # every runtime has its own kinds
+                said = f"{runtime_name(part)} cannot run {part['backend']}: {error}"
+                raise Problem(1, said, advice(part)) from error
             for key in (key for key in data.files if key.startswith("out.")):
                 distance = relative_l2(data[key], outputs[key[4:]])
                 if distance > worst or not where:

@@ -155,6 +155,29 @@ def old_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return python
 
 
+#: Each output from one kind of layer, whose channels have scales far apart.
+LAYERS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(100, 32), nn.Linear(32, 48)
+        self.heads = nn.Parameter(torch.randn(1, 4, 32, 16))
+        self.grouped, self.depth = nn.Conv2d(8, 16, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8)
+        self.up = nn.ConvTranspose2d(8, 16, 4, 2, 1)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.mul_(torch.rand(weight.shape[0], *[1] * (weight.ndim - 1)) * 4 + 0.1)
+
+    def forward(self, ids, image):
+        words = self.table(ids) * 1.5
+        maps = self.grouped(image), self.depth(image), self.up(image)
+        return words, self.linear(words), words[:, None] @ self.heads, *maps
+"""
+
+
 @pytest.mark.slow
 class TestTFLiteRuntime214:
     """The real wheel, which computes some int8 programs wrongly without a word."""
@@ -185,6 +208,18 @@ class TestTFLiteRuntime214:
             "fmvit-digits", device="raspberry-pi-4-32bit", precision=precision, output=home / "for-the-old"
         )
         assert bundle.manifest.facts["runtime"] == "tflite-runtime"
+        result = json.loads(run(bundle.path, "--json", python=old_python).stdout)
+        assert result["holds"], result
+
+    def test_every_kind_of_layer_with_int8_weights_runs_right(self, old_python: str, tmp_path: Path) -> None:
+        (tmp_path / "net.py").write_text(LAYERS)
+        words = ("ids=1x16:int64:0..99", "image=1x8x9x9")
+        bundle = edgeattn.export(
+            f"{tmp_path}/net.py:Net", device="raspberry-pi-3b-32bit", precision="w8", inputs=words, output=tmp_path
+        )
+        nodes = bundle.manifest.facts["entries"]["main"]["nodes"]
+        kinds = {"EMBEDDING_LOOKUP", "BATCH_MATMUL", "FULLY_CONNECTED", "TRANSPOSE_CONV", "DEPTHWISE_CONV_2D"}
+        assert kinds <= set(nodes)
         result = json.loads(run(bundle.path, "--json", python=old_python).stdout)
         assert result["holds"], result
 
