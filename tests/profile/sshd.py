@@ -119,7 +119,11 @@ class Proxy:
             if limit == 0:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self.target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # the server was stopped
+                near.close()
+                continue
             self.sent.append(0)
             for a, b, counted in ((near, far, True), (far, near, False)):
                 threading.Thread(

@@ -7,11 +7,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shlex
-import stat
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -40,8 +39,12 @@ CONNECT_S, RUN_S = 20.0, 1800.0
 CHUNK = 1 << 16
 #: Room that must be left after the bundle is there.
 SPARE_BYTES = 1 << 18
-#: What an interrupted transfer left is removed when it is older than this.
+#: How long the folder of a transfer that was cut waits there for a new link, before it removes itself.
+GRACE_S = 30.0
+#: What a device that was switched off in the middle could not remove goes when it is older than this.
 STALE_S = 86400.0
+#: Where bundles are put, without ``--folder``.
+FOLDER = "~/.cache/edgeattn"
 
 #: Prints {name: [bytes, SHA-256]} of the files in a folder.
 _HASHES = """
@@ -67,11 +70,17 @@ class _Cut(Exception):
 
 @dataclass
 class _Staging:
-    """Where the bundle goes: ``folder``, inside of ``root``; ``made`` are the folders above it to take away again."""
+    """Where the bundle goes: ``folder``, inside of ``root``; ``guard`` runs there and removes it in the end."""
 
     root: str
     folder: str
-    made: list[str] = field(default_factory=list)
+    guard: asyncssh.SSHClientProcess[str]
+
+    async def leave(self) -> None:
+        """Have everything removed now. Where the link is gone the guard does so by itself."""
+        with contextlib.suppress(Exception):
+            self.guard.stdin.write("clean\n")
+            await asyncio.wait_for(self.guard.wait_closed(), CONNECT_S)
 
 
 class Ssh(Transport):
@@ -82,7 +91,7 @@ class Ssh(Transport):
     Args:
         url: ``ssh://user@host:port``.
         identity, known_hosts: files that take the place of the usual ones.
-        folder: on the device, for bundles while they run; ~/.cache/edgeattn without.
+        folder: on the device, for bundles while they run; ``FOLDER`` without.
         python: on the device.
 
     Raises:
@@ -106,7 +115,7 @@ class Ssh(Transport):
         self.url = url
         self._host, self._port, self._user = str(parts.hostname), parts.port, parts.username
         self._identity, self._known_hosts = identity, known_hosts
-        self._folder, self._python = folder, python or "python3"
+        self._folder, self._python = folder or FOLDER, python or "python3"
 
     def run(self, bundle: Path, arguments: Sequence[str], say: Say = silent) -> dict[str, Any]:
         """See ``Transport.run``. A link that is cut while files travel is made anew and goes on where it was."""
@@ -196,7 +205,7 @@ class Ssh(Transport):
 
     async def _check(self) -> list[Found]:
         async with self._connected() as connection:
-            return found_of(json.loads(await self._ask(connection, PROBE)))
+            return found_of(_answer_in(await self._ask(connection, PROBE)))
 
     async def _ask(self, connection: asyncssh.SSHClientConnection, source: str, *arguments: str) -> str:
         """What a script prints on the device.
@@ -243,7 +252,7 @@ class Ssh(Transport):
         raise self._unreachable(
             "the link was cut",
             f"{cut}; {RETRIES} more tries did not bring it back",
-            "the next command goes on from there",
+            f"within {GRACE_S:.0f} s the next command goes on from there; after that nothing is left there",
         )
 
     async def _once(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say) -> list[dict[str, Any]]:
@@ -252,37 +261,39 @@ class Ssh(Transport):
         async with self._connected() as connection:
             staging: _Staging | None = None
             sftp: asyncssh.SFTPClient | None = None
-            kept = False
             try:
                 await self._ask(connection, "import sys; assert sys.version_info >= (3, 9), sys.version")
+                staging = await self._stage(connection, bundle)
                 sftp = await connection.start_sftp_client()
-                staging = await self._stage(sftp, bundle)
                 await self._copy(connection, sftp, bundle, staging, say)
+                staging.guard.stdin.write("running\n")
                 answers = []
                 for number, arguments in enumerate(runs, 1):
                     say(f"running there{f', {number} of {len(runs)}' if len(runs) > 1 else ''}")
                     answers.append(self._answer(await self._launch(connection, staging, arguments)))
                 return answers
             except (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
-                kept = True
                 raise _Cut("while files travelled") from error
             except (asyncssh.DisconnectError, asyncssh.ChannelOpenError, ConnectionError) as error:
-                kept = True
                 raise _Cut(str(error)) from error
+            except asyncio.TimeoutError as error:
+                raise _Cut(f"no answer in {CONNECT_S:.0f} s") from error
             except asyncssh.SFTPError as error:
-                raise UsageError(
-                    "the bundle cannot be stored on the device",
-                    value=staging.folder if staging else self._folder,
-                    where=self.url,
-                    why=await self._why(sftp, staging, error),
-                    fix="make room, or choose another folder: edgeattn device add NAME URL --folder DIR",
+                raise self._unstored(
+                    await self._why(sftp, staging, error), staging.folder if staging else self._folder
                 ) from error
-            except _Cut:
-                kept = True
-                raise
             finally:
-                if sftp is not None and staging is not None and not kept:
-                    await self._clean(sftp, staging)
+                if staging is not None:
+                    await staging.leave()
+
+    def _unstored(self, why: str, place: str) -> UsageError:
+        return UsageError(
+            "the bundle cannot be stored on the device",
+            value=place,
+            where=self.url,
+            why=why,
+            fix="make room, or choose another folder: edgeattn device add NAME URL --folder DIR",
+        )
 
     async def _why(self, sftp: asyncssh.SFTPClient | None, staging: _Staging | None, error: Exception) -> str:
         """What an SFTP server of version 3 does not say: that the disk is full."""
@@ -298,38 +309,33 @@ class Ssh(Transport):
         found = await sftp.statvfs(folder)
         return int(found.bavail) * int(found.frsize)
 
-    async def _stage(self, sftp: asyncssh.SFTPClient, bundle: Path) -> _Staging:
-        """Make the staging folder; the same bundle's comes back after a cut."""
-        digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:32]
-        home = str(await sftp.realpath("."))
-        root = self._folder or f"{home}/.cache/edgeattn"
-        root = home + root[1:] if root.startswith("~") else root
-        staging = _Staging(root, f"{root}/{digest}")
-        if self._folder is None:
-            staging.made.append(root)  # ours, whoever made it
-        missing = []
-        parent = root
-        while parent not in ("", "/") and not await sftp.exists(parent):
-            missing.append(parent)
-            parent = parent.rpartition("/")[0]
-        for path in reversed(missing):
-            await sftp.mkdir(path)
-        staging.made = list(dict.fromkeys([*staging.made, *missing]))
-        for name in await sftp.listdir(root):
-            old = f"{root}/{name}"
-            if len(name) == 32 and set(name) <= set("0123456789abcdef") and name != digest:
-                found = await sftp.stat(old)
-                if stat.S_ISDIR(found.permissions or 0) and (found.mtime or 0) < time.time() - STALE_S:
-                    await sftp.rmtree(old, ignore_errors=True)
-        if not await sftp.exists(staging.folder):
-            await sftp.mkdir(staging.folder)
-        return staging
+    def _far(self, role: str, **options: Any) -> str:
+        """The command that plays a role of ``far.py`` there."""
+        source = Path(__file__).with_name("far.py").read_text(encoding="utf-8")
+        words = ("-c", source, role, json.dumps(options))
+        return f"{self._quoted_python} {' '.join(shlex.quote(word) for word in words)}"
 
-    async def _clean(self, sftp: asyncssh.SFTPClient, staging: _Staging) -> None:
-        with contextlib.suppress(Exception):
-            await sftp.rmtree(staging.folder, ignore_errors=True)
-            for folder in staging.made:
-                await sftp.rmdir(folder)
+    async def _stage(self, connection: asyncssh.SSHClientConnection, bundle: Path) -> _Staging:
+        """Have the staging folder made; the same bundle's comes back after a cut."""
+        command = self._far(
+            "stage",
+            root=self._folder,
+            own=self._folder == FOLDER,
+            digest=hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:32],
+            token=secrets.token_hex(16),
+            stale_s=STALE_S,
+            grace_s=GRACE_S,
+        )
+        guard = await connection.create_process(command)
+        line = ""
+        while not line.startswith("{"):  # a login script may greet first
+            line = await asyncio.wait_for(guard.stdout.readline(), CONNECT_S)
+            if not line:
+                raise _Cut("before files travelled")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise self._unstored(answer["error"], self._folder)
+        return _Staging(answer["root"], answer["folder"], guard)
 
     async def _copy(
         self,
@@ -347,7 +353,7 @@ class Ssh(Transport):
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         names = [*manifest["files"], "manifest.json"]
         sizes = {name: inside(bundle, name).stat().st_size for name in names}
-        there: dict[str, list[Any]] = json.loads(await self._ask(connection, _HASHES, staging.folder))
+        there: dict[str, list[Any]] = _answer_in(await self._ask(connection, _HASHES, staging.folder))
         starts = {name: _kept(bundle / name, *there.get(name, (0, ""))) for name in names}
         needed = sum(sizes.values()) - sum(starts.values())
         free = await self._free(sftp, staging.root)
@@ -381,9 +387,7 @@ class Ssh(Transport):
         self, connection: asyncssh.SSHClientConnection, staging: _Staging, arguments: Sequence[str]
     ) -> dict[str, Any]:
         """Run it there; its input stays open as long as this side lives."""
-        source = Path(__file__).with_name("far.py").read_text(encoding="utf-8")
-        words = ["-c", source, staging.folder, json.dumps(staging.made), *arguments, "--json"]
-        command = f"{self._quoted_python} {' '.join(shlex.quote(word) for word in words)}"
+        command = self._far("run", folder=staging.folder, words=[*arguments, "--json"])
         process = await connection.create_process(command)
         try:
             out, errors = await asyncio.wait_for(asyncio.gather(process.stdout.read(), process.stderr.read()), RUN_S)
@@ -396,11 +400,19 @@ class Ssh(Transport):
             # The far side ends the runner and takes the folder away by itself.
             raise self._unreachable("the link was cut", "while the runner ran there")
         try:
-            answer: dict[str, Any] = json.loads(out)
+            return _answer_in(str(out))
         except ValueError:
             tail = str(errors).splitlines()[-5:]
             raise CheckFailed("the runner could not be started there", where=self.url, details=tail) from None
-        return answer
+
+
+def _answer_in(text: str) -> dict[str, Any]:
+    """The JSON in a line of a script's output; a login script may have greeted before. Raises ValueError."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    raise ValueError(text)
 
 
 def _kept(path: Path, size: int, digest: str) -> int:
