@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeattn import targets
 from edgeattn.core import tools
-from edgeattn.core.errors import UsageError
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_data, sha256_file, sha256_sources
 from edgeattn.device import Device
 from edgeattn.pipeline.cache import Cache, Record
@@ -93,19 +94,29 @@ def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
     return planned
 
 
-def check_choice(target: Target, precision: str, layout: str, device: Device | None, known: Sequence[str]) -> None:
-    """Whether a target can hold a precision and a layout, and run on a device.
-
-    Raises:
-        UsageError: says what would do.
-    """
-    if device is not None and target.name not in device.targets:
+def _check_device(target: Target, device: Device) -> None:
+    if target.name not in device.targets:
         raise UsageError(
             "the device does not run this target",
             value=f"{device.name}: {target.name}",
             why=f"it runs {', '.join(device.targets)}",
             fix="choose another --target or --device",
         )
+    for part in map(targets.get, target.parts or (target.name,)):
+        runtime = device.runtimes.get(part.name)
+        if runtime is not None and runtime not in part.device_runtimes:
+            where = f"device {device.name}, runtimes.{part.name}"
+            raise unknown(f"runtime of target {part.name}", runtime, part.device_runtimes, where=where)
+
+
+def check_choice(target: Target, precision: str, layout: str, device: Device | None, known: Sequence[str]) -> None:
+    """Whether a target can hold a precision and a layout, and run on a device under the runtime that its file names.
+
+    Raises:
+        UsageError: says what would do.
+    """
+    if device is not None:
+        _check_device(target, device)
     if layout not in target.layouts:
         raise UsageError(
             "the target cannot take images in this layout",

@@ -207,6 +207,8 @@ class Target(ABC):
     name: ClassVar[str]
     #: Distributions whose versions decide what ``open`` computes, the runtime itself first.
     runtime_tools: ClassVar[tuple[str, ...]]
+    #: Distributions that can run its artifacts on a device.
+    device_runtimes: ClassVar[tuple[str, ...]] = ()
     #: The targets whose artifacts make up this one's bundle; empty for a target of its own.
     parts: ClassVar[tuple[str, ...]] = ()
     #: How image inputs can be laid out in an artifact, the default first.

@@ -10,6 +10,7 @@ import pytest
 
 from edgeattn.bundle import Bundle
 from edgeattn.core import tools
+from edgeattn.core.errors import UsageError
 from edgeattn.pipeline import plan as planning
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.export import make_job
@@ -143,3 +144,14 @@ def test_a_model_never_built_has_no_known_key(own_cache: Path) -> None:
     planned = planning.make_plan(make_job("fmvit-digits"), Cache.default())
     assert all(p.record is None for p in planned)
     assert not own_cache.exists() or not list(own_cache.rglob("record.json"))
+
+
+@pytest.mark.parametrize("target", ["tflite", "rpi"])
+def test_a_device_with_a_runtime_that_nobody_knows(target: str, tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(
+        'name = "board"\nbase = "raspberry-pi-5"\n[runtimes]\nonnx = "onnxruntime"\ntflite = "tflite_runtime"\n'
+    )
+    with pytest.raises(UsageError, match="unknown runtime of target tflite") as caught:
+        make_job("fmvit-digits", target=target, device=str(tmp_path / "board.toml"))
+    assert caught.value.where == "device board, runtimes.tflite"
+    assert caught.value.fix == "did you mean 'tflite-runtime'?"

@@ -20,6 +20,7 @@ class OnnxTarget(Target):
 
     name: ClassVar[str] = "onnx"
     runtime_tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
+    device_runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     half_activations: ClassVar[bool] = True
 
     def availability(self) -> Availability:

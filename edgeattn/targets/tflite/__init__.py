@@ -25,6 +25,7 @@ class TFLiteTarget(Target):
 
     name: ClassVar[str] = "tflite"
     runtime_tools: ClassVar[tuple[str, ...]] = (LITERT, "numpy")
+    device_runtimes: ClassVar[tuple[str, ...]] = (LITERT, TFLITE_RUNTIME)
     layouts: ClassVar[tuple[str, ...]] = (NCHW, NHWC)
 
     def availability(self) -> Availability:
