@@ -15,6 +15,7 @@ import pytest
 
 import edgeattn
 from edgeattn.bundle import Bundle
+from edgeattn.bundle.manifest import FileInfo
 from edgeattn.core.errors import CheckFailed, ToolchainMissing, UsageError
 from edgeattn.core.hashing import sha256_file
 from edgeattn.profile import emulator
@@ -173,13 +174,13 @@ def test_the_pi_s_own_wheels_give_the_golden_outputs(
 def off_by_a_hundredth(bundle: Bundle, copy: Path) -> Path:
     """A copy, whole by its hashes, whose golden outputs are not the model's."""
     shutil.copytree(bundle.path, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for name in [name for name in manifest["files"] if name.endswith(".npz")]:
+    files = dict(bundle.manifest.files)
+    for name in [name for name in files if name.endswith(".npz")]:
         with np.load(copy / name) as arrays:
             wrong = {k: v + np.abs(v).max() * 1e-2 if k.startswith("out.") else v for k, v in arrays.items()}
         np.savez(copy / name, **wrong)
-        manifest["files"][name] = {"sha256": sha256_file(copy / name), "size": (copy / name).stat().st_size}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+        files[name] = FileInfo(sha256=sha256_file(copy / name), size=(copy / name).stat().st_size)
+    (copy / "manifest.json").write_text(bundle.manifest.model_copy(update={"files": files}).sealed().text())
     return copy
 
 
