@@ -82,7 +82,9 @@ def make(model: str, variant: str, folder: Path) -> None:
     else:
         import openvino
 
-        openvino.save_model(openvino.convert_model(form, example_input=inputs), path, compress_to_fp16=False)
+        shapes = [tuple(x.shape) for x in inputs]  # dynamic ones otherwise
+        converted = openvino.convert_model(form, example_input=inputs, input=shapes)
+        openvino.save_model(converted, path, compress_to_fp16=False)
 
 
 class Loaded:
@@ -106,22 +108,25 @@ class Loaded:
         elif path.suffix == ".onnx":
             import onnxruntime as ort
 
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            settings = ort.SessionOptions()
+            settings.intra_op_num_threads = threads
+            session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
             first = session.get_inputs()[0]
             self.call, self.shape = (lambda x: session.run(None, {first.name: x})), tuple(first.shape)
         elif path.suffix == ".pte":
             import torch
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
 
+            _unsafe_reset_threadpool(threads)  # all cores otherwise
             method = Runtime.get().load_program(path).load_method("forward")
             self.call = lambda x: method.execute([torch.from_numpy(x)])
             self.shape = tuple(method.metadata.input_tensor_meta(0).sizes())
         else:
             import openvino
 
-            compiled = openvino.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
+            options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            compiled = openvino.compile_model(path, "CPU", options)
             self.call, self.shape = (lambda x: compiled([x])), tuple(compiled.input(0).shape)
 
     def run(self, _: None, feeds: dict[str, np.ndarray]) -> Any:
