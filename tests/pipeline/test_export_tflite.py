@@ -12,6 +12,7 @@ import torch
 import edgeattn
 from edgeattn import recipe
 from edgeattn.bundle import Bundle
+from edgeattn.core.errors import CheckFailed
 from edgeattn.models.build import build
 from edgeattn.models.layers.rlmhsa import RLMHSA
 
@@ -76,6 +77,20 @@ def test_held_out_samples_are_scored_with_channels_last(tmp_path: Path) -> None:
     task = bundle.manifest.task
     assert task is not None
     assert abs(task["artifact_correct"] - task["reference_correct"]) <= 1
+
+
+def test_wrong_numbers_fail_and_name_the_module(tmp_path: Path) -> None:
+    """Also where it is the last one, whose tensor has the recipe's name: weights that int8 with a scale a row loses."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
+        "    with torch.no_grad():\n        net[2].weight[:, 0] = 3e4\n        net[0].weight[0] = 0\n"
+        "        net[0].bias[0] = 0\n    return net\n"
+    )
+    with pytest.raises(CheckFailed, match="numbers do not hold") as caught:
+        edgeattn.export(f"{tmp_path}/net.py:build", "tflite", "w8", tmp_path, inputs=["x=4x64"])
+    assert str(caught.value.where).startswith("module 2 is the first to diverge")
+    assert list(tmp_path.glob("*.tflite.*")) == []
 
 
 def test_a_raspberry_pi_gets_both(tmp_path: Path) -> None:

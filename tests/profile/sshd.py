@@ -66,7 +66,8 @@ class Sshd:
             file.write(f"[127.0.0.1]:{port} {kind} {key}\n")
 
     def start(self) -> None:
-        Path("/run/sshd").mkdir(exist_ok=True)
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where it separates privileges
         log = (self.folder / "log").open("ab")
         words = [SSHD, "-D", "-e", "-f", str(self.folder / "conf"), "-p", str(self.port)]
         self.process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)

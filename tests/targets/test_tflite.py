@@ -20,6 +20,7 @@ from edgeattn.models.layers.rlmhsa import RLMHSA
 from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
 from edgeattn.targets.tflite import TFLITE_RUNTIME, TFLiteTarget, flatbuffer, versions
 from edgeattn.targets.tflite.heads import without_transposes
+from edgeattn.targets.tflite.modules import _last, modules
 from edgeattn.targets.tflite.pools import Pool, plain_pools
 
 TARGET = TFLiteTarget()
@@ -84,14 +85,51 @@ def test_metadata_and_tensor_names_are_in_the_file(images: Lowered) -> None:
     names = [flatbuffer.text(t.name) for t in graph.tensors]
     assert {"image", "ids", "logits", "next"} <= set(names)
     assert len(set(names)) == len(names)
-    assert {"first", "body.1", "head"} <= {flatbuffer.module_of(name) for name in names}
+    assert {"first", "body.1", "head"} <= set(modules(images.flat, "main"))
+
+
+def test_a_fused_operation_is_the_output_of_the_module_that_ran_last(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        """One activation after two convolutions, and a sum of the model's own after it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.first, self.last = nn.ReLU(), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act(self.first(x))
+            return (y + self.act(self.last(y))).mean((2, 3))
+
+    model, feeds = Twice(), {"x": torch.randn(1, 3, 6, 6)}
+    lowered = Lowered(model, feeds, tmp_path)
+    kept: list[torch.Tensor] = []
+    model.act.register_forward_hook(lambda _m, _i, value: kept.append(value.permute(0, 2, 3, 1)))
+    model(feeds["x"])
+    traced = [item.value for item in lowered.runtime.trace("main", lowered.feeds) if item.module == "act"]
+    assert len(traced) == 2
+    for ours, theirs in zip(traced, kept, strict=True):
+        assert np.allclose(ours, theirs.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("places", "wanted"),
+    [
+        ({"a": [1], "b": [2]}, "b"),
+        ({"a": [5], "b": [4]}, "a"),
+        ({"a": [1, 7], "b": [2, 5]}, "b"),
+        ({"": [0, 3, 90], "a": [89]}, ""),
+        ({}, "a"),
+    ],
+)
+def test_the_module_that_ran_last(places: dict[str, list[int]], wanted: str) -> None:
+    assert _last(list(places) or ["a", "b"], places) == wanted
 
 
 def test_the_trace_names_modules_and_gives_their_values(images: Lowered) -> None:
     values = {item.name: item for item in images.runtime.trace("main", images.feeds)}
     assert np.allclose(values["logits"].value, images.expected["logits"], atol=1e-5)
-    modules = {item.module for item in values.values()}
-    assert {"first", "body.1", "head"} & modules
+    assert values["logits"].module == "head"  # though the tensor has the recipe's name
+    assert {"first", "body.1"} & {item.module for item in values.values()}
 
 
 def test_wrong_feeds_are_refused(images: Lowered) -> None:

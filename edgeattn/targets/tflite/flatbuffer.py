@@ -13,9 +13,6 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgeattn.targets.base import Tensor
 
-#: Around the path of the torch module in a tensor's name, put there by ``lower`` and read by ``module_of``.
-MARK = "|"
-
 _FILE_IDENTIFIER = b"TFL3"
 
 _DTYPES = {
@@ -74,12 +71,6 @@ def operator_versions(model: Any) -> dict[str, int]:
             version = int(model.operatorCodes[operator.opcodeIndex].version)
             versions[name] = max(versions.get(name, 0), version)
     return versions
-
-
-def module_of(name: str) -> str:
-    """Path of the torch module that a tensor came from; "" outside of any child or if unknown."""
-    parts = name.split(MARK)
-    return parts[1] if len(parts) >= 3 else ""
 
 
 def tensor_of(graph: Any, index: int, name: str, layout: str = "") -> Tensor:
@@ -169,13 +160,17 @@ def metadata(model: Any) -> dict[str, str]:
     return found
 
 
-def facts(model: Any, entry: str) -> dict[str, Any]:
-    """What is worth knowing of an entry's graph: nodes by operator, transposes and the modules they serve."""
+def facts(model: Any, entry: str, modules: Sequence[str]) -> dict[str, Any]:
+    """What is worth knowing of an entry's graph: nodes by operator, transposes and the modules they serve.
+
+    Args:
+        modules: of every tensor.
+    """
     graph = model.subgraphs[signature(model, entry).subgraphIndex]
     nodes = Counter(operator_name(model, operator) for operator in graph.operators)
     transposes = [
         {
-            "module": module_of(text(graph.tensors[operator.outputs[0]].name)),
+            "module": modules[operator.outputs[0]],
             "shape": [int(n) for n in graph.tensors[operator.outputs[0]].shape],
             "of": "input" if operator.inputs[0] in graph.inputs else "output" if operator.outputs[0] in graph.outputs
             else "graph",

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
 from edgeattn.targets.tflite.matmul import matmuls
+from edgeattn.targets.tflite.modules import marked, modules, note_outputs, paths_in, put_last_first
 from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
 from edgeattn.targets.tflite.versions import too_new
@@ -60,12 +62,16 @@ def _channels_last(module: fx.GraphModule, images: frozenset[int]) -> None:
     module.recompile()
 
 
+def _path(node: fx.Node) -> str:
+    """Of the torch module that a node came from; "" outside of any child."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
 def _mark(module: fx.GraphModule) -> None:
     """Have the converter name tensors by the full path of their torch module; of its own it leaves parts out."""
     for node in module.graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = stack[-1][0] if stack else ""
-        node.meta["nn_module_stack"] = {"": ("", f"{flatbuffer.MARK}{path}{flatbuffer.MARK}")}
+        node.meta["nn_module_stack"] = {"": ("", marked(_path(node)))}
 
 
 def _check_size(program: Program) -> None:
@@ -92,8 +98,26 @@ def _zeros(entry: Entry) -> list[torch.Tensor]:
     return [torch.zeros(values[name].shape, dtype=values[name].dtype) for name in names if isinstance(name, str)]
 
 
-def _prepare(entry: Entry, layout: str) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...], frozenset[int], int]:
-    """The entry's module, example inputs, which of them are images with channels last, and rewritten projections."""
+@dataclass(frozen=True)
+class _Prepared:
+    """An entry as the converter gets it.
+
+    Attributes:
+        inputs: examples. images: the numbers of those that have their channels last.
+        rewritten: projections that need no transpose any more.
+        came_from: the torch module of each output, by the recipe's name.
+        places: where each module's operations stand in the graph.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[torch.Tensor, ...]
+    images: frozenset[int]
+    rewritten: int
+    came_from: dict[str, str]
+    places: dict[str, list[int]]
+
+
+def _prepare(entry: Entry, layout: str) -> _Prepared:
     module = entry.graph.module()
     assert isinstance(module, fx.GraphModule)
     plain_pools(module)
@@ -104,32 +128,31 @@ def _prepare(entry: Entry, layout: str) -> tuple[fx.GraphModule, tuple[torch.Ten
         images = frozenset(i for i, x in enumerate(inputs) if x.ndim == 4 and x.is_floating_point())
         inputs = [x.permute(0, 2, 3, 1).contiguous() if i in images else x for i, x in enumerate(inputs)]
         _channels_last(module, images)
+    (returned,) = module.graph.output_node().args
+    assert isinstance(returned, list | tuple)
+    came_from = {
+        name: _path(node) for name, node in zip(entry.outputs, returned, strict=True) if isinstance(node, fx.Node)
+    }
+    places: dict[str, list[int]] = {}
+    for place, node in enumerate(module.graph.nodes):
+        places.setdefault(_path(node), []).append(place)
     _mark(module)
-    return module, tuple(inputs), images, rewritten
+    return _Prepared(module, tuple(inputs), images, rewritten, came_from, places)
 
 
-def _convert(program: Program, layout: str) -> tuple[bytes, dict[str, frozenset[int]], dict[str, int]]:
-    images: dict[str, frozenset[int]] = {}
-    rewritten: dict[str, int] = {}
+def _convert(program: Program, prepared: Mapping[str, _Prepared]) -> bytes:
+    """All entries in one file."""
     with _quiet():
         from litert_torch._convert import core
         from litert_torch._convert.signature import Signature
 
-        signatures = []
-        for name, entry in program.entries.items():
-            module, inputs, images[name], rewritten[name] = _prepare(entry, layout)
-            signatures.append(Signature(name, module, inputs, {}))
+        signatures = [Signature(name, entry.module, entry.inputs, {}) for name, entry in prepared.items()]
         try:
-            return core.convert_signatures(signatures).model_content(), images, rewritten
+            return bytes(core.convert_signatures(signatures).model_content())
         except EdgeAttnError:
             raise
         except Exception as error:
             raise _failure(program, error) from error
-
-
-def _module(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack and stack[-1][0] else "(model)"
 
 
 def _without_form(program: Program) -> list[str]:
@@ -146,7 +169,7 @@ def _without_form(program: Program) -> list[str]:
                 if node.op != "call_function" or "getitem" in str(node.target):
                     continue
                 if registry.global_registry.lookup(node.target) is None:
-                    found.add(f"{node.target} in module {_module(node)}")
+                    found.add(f"{node.target} in module {_path(node) or '(model)'}")
     return sorted(found)
 
 
@@ -165,17 +188,16 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
     while first.__cause__ is not None:
         first = first.__cause__
     lines = [line.strip() for line in str(first.args[0] if first.args else first).splitlines() if line.strip()]
-    mark = re.escape(flatbuffer.MARK)
-    modules = set(re.findall(f"{mark}([^{mark};\\s]*){mark}", said))
+    paths = set(paths_in(said))
     called = re.search(r"While executing %\S+ : .*target=torch\.ops\.([\w.]+)", said)
-    if called and not modules:
+    if called and not paths:
         nodes = [node for entry in program.entries.values() for node in entry.graph.graph.nodes]
-        modules = {_module(node) for node in nodes if str(node.target) == called[1]}
+        paths = {_path(node) for node in nodes if str(node.target) == called[1]}
     return ConversionFailed(
         "the TFLite converter failed",
         value=called[1] if called else None,
         why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400],
-        where=f"module {', '.join(m or '(model)' for m in sorted(modules)[:5])}" if modules else None,
+        where=f"module {', '.join(m or '(model)' for m in sorted(paths)[:5])}" if paths else None,
         details=[line for line in lines[1:6] if not line.startswith(("Original traceback", "None", "Use tlparse"))],
     )
 
@@ -183,17 +205,19 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write ``model.tflite`` into ``out``: a signature for each entry, with the recipe's names.
 
-    64-bit integers become 32-bit ones: a device's runtime takes no others. What ``plan.runtime`` does not know is among
-    the findings, as an error. With ``plan.layout`` NHWC, float inputs of
-    four dimensions are taken as (B, H, W, C), which saves the transpose at the start.
+    64-bit integers become 32-bit ones: a device's runtime takes no others. With ``plan.layout`` NHWC, float inputs of
+    four dimensions are taken as (B, H, W, C), which saves the transpose at the start. What ``plan.runtime`` does not
+    know is among the findings, as an error.
 
     Raises:
         ConversionFailed: lists the operations without a TFLite form and their modules; or the weights are too large.
     """
     _check_size(program)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax, which the converter traces with, looks for a TPU otherwise
-    data, images, rewritten = _convert(program, plan.layout)
-    model = flatbuffer.read(data)
+    prepared = {name: _prepare(entry, plan.layout) for name, entry in program.entries.items()}
+    model = flatbuffer.read(_convert(program, prepared))
+    for name, one in prepared.items():
+        put_last_first(model, name, one.places)
     flatbuffer.distinct_names(model)
     matmuls(model)
     would_do = ""
@@ -202,6 +226,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         model = quantize(model, plan)
     for name, entry in program.entries.items():
         flatbuffer.rename(model, name, entry.inputs, entry.outputs)
+        note_outputs(model, name, prepared[name].came_from)
     flatbuffer.share_weights(model)
     flatbuffer.add_metadata(model, {**plan.metadata, "precision": plan.precision})
     written = flatbuffer.write(model)
@@ -214,15 +239,15 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         entries[name] = ArtifactEntry(
             FILE,
             tuple(
-                flatbuffer.tensor_of(graph, where[n], n, NHWC if i in images[name] else "")
+                flatbuffer.tensor_of(graph, where[n], n, NHWC if i in prepared[name].images else "")
                 for i, n in enumerate(entry.inputs)
             ),
             tuple(flatbuffer.tensor_of(graph, where[n], n) for n in entry.outputs),
         )
         facts[name] = {
-            **flatbuffer.facts(model, name),
+            **flatbuffer.facts(model, name, modules(model, name)),
             "weight_bytes": flatbuffer.weight_bytes(model),
-            "projections_without_transpose": rewritten[name],
+            "projections_without_transpose": prepared[name].rewritten,
         }
         findings += lint_flatbuffer(model, name, facts[name], written, runtime=plan.runtime, would_do=would_do)
     return Artifact(

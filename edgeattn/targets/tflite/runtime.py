@@ -44,13 +44,14 @@ class LiteRuntime:
     def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
         """Every float tensor of the graph, in order, by LiteRT's own kernels without a delegate."""
         from edgeattn.targets.tflite import flatbuffer
+        from edgeattn.targets.tflite.modules import modules
 
         path = self._path(entry)
         model = flatbuffer.read(path.read_bytes())
         index = flatbuffer.signature(model, entry).subgraphIndex
         opened = interpreter(path, delegate=False, experimental_preserve_all_tensors=True)
         opened.get_signature_runner(entry)(**feeds)
-        graph = model.subgraphs[index]
+        graph, paths = model.subgraphs[index], modules(model, entry)
         for operator in graph.operators:
             kind = flatbuffer.operator_name(model, operator)
             for number in operator.outputs:
@@ -60,4 +61,4 @@ class LiteRuntime:
                     continue  # kept in no buffer: what a kernel uses for itself
                 if value.dtype.kind == "f":
                     name = flatbuffer.text(graph.tensors[number].name)
-                    yield TraceValue(name, flatbuffer.module_of(name), kind, value)
+                    yield TraceValue(name, paths[number], kind, value)

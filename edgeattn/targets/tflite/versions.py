@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeattn.targets.tflite import flatbuffer
+from edgeattn.targets.tflite.modules import modules
 
 #: The highest version of every operator that tflite-runtime 2.14.0 (x86-64, Python 3.11) loads. Measured by offering it
 #: each builtin operator of LiteRT 2.3.0's schema in versions 1 to 15: ``examples/tflite_operator_versions.py``.
@@ -42,13 +43,13 @@ TFLITE_RUNTIME_2_14 = {
 def too_new(model: Any, entry: str) -> list[tuple[str, str]]:
     """(torch module, operator and version) of all in an entry that tflite-runtime 2.14.0 does not know, each once."""
     graph = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex]
+    paths = modules(model, entry)
     found: dict[tuple[str, str], None] = {}
     for operator in graph.operators:
         name = flatbuffer.operator_name(model, operator)
         version = int(model.operatorCodes[operator.opcodeIndex].version)
         known = TFLITE_RUNTIME_2_14.get(name, 0)
         if version > known:
-            module = flatbuffer.module_of(flatbuffer.text(graph.tensors[operator.outputs[0]].name))
             why = f"version {version}, known up to {known}" if known else "not known at all"
-            found[module, f"{name}, {why}"] = None
+            found[paths[operator.outputs[0]], f"{name}, {why}"] = None
     return list(found)

@@ -7,6 +7,7 @@ from typing import Any
 from edgeattn.core.errors import CheckFailed
 from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.litert import interpreter
+from edgeattn.targets.tflite.modules import modules
 
 
 def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
@@ -34,11 +35,9 @@ def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
             if made_by is not None and made_by not in taken:
                 taken.add(made_by)
                 waiting += [int(t) for t in graph.operators[made_by].inputs if int(t) not in border]
+    paths = modules(model, entry)
     return [
-        (
-            flatbuffer.module_of(flatbuffer.text(graph.tensors[operator.outputs[0]].name)),
-            flatbuffer.operator_name(model, operator),
-        )
+        (paths[operator.outputs[0]], flatbuffer.operator_name(model, operator))
         for i, operator in enumerate(graph.operators)
         if i not in taken
     ]

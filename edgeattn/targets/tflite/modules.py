@@ -1,0 +1,81 @@
+"""Which torch module each tensor of a .tflite file came from.
+
+The converter derives a tensor's name from where its operation stood in the model. ``lower`` has it write the full path
+of the module between two marks; operations that are fused into one leave all their marks, in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeattn.targets.tflite import flatbuffer
+
+#: Around a path.
+MARK = "|"
+
+_MARKED = re.compile(f"{re.escape(MARK)}([^{MARK};\\s]*){re.escape(MARK)}")
+
+
+def marked(path: str) -> str:
+    """A path between its marks."""
+    return f"{MARK}{path}{MARK}"
+
+
+def paths_in(text: str) -> list[str]:
+    """All that stand between marks in a name or in a converter's message."""
+    return _MARKED.findall(text)
+
+
+def _last(paths: Sequence[str], places: Mapping[str, Sequence[int]]) -> str:
+    """The one of several modules, whose operations were fused, that ran last.
+
+    A module may run several times, and the model itself has operations all over the graph: those were fused that stand
+    closest together.
+
+    Args:
+        places: where each module's operations stand in the captured graph, in order.
+    """
+    found: list[tuple[int, str]] = []
+    for path in paths:
+        others = [places.get(other, ()) for other in paths if other != path]
+        for end in places.get(path, ()):
+            before = [bisect_left(each, end) for each in others]
+            if all(before):
+                start = min(each[i - 1] for each, i in zip(others, before, strict=True))
+                found.append((end - start, path))
+    return min(found)[1] if found else paths[0]
+
+
+def put_last_first(model: Any, entry: str, places: Mapping[str, Sequence[int]]) -> None:
+    """Begin the name of every fused operation's tensor with the module whose output it is.
+
+    Args:
+        places: see ``_last``.
+    """
+    item = flatbuffer.signature(model, entry)
+    for tensor in model.subgraphs[item.subgraphIndex].tensors:
+        paths = list(dict.fromkeys(paths_in(flatbuffer.text(tensor.name))))
+        if len(paths) > 1:
+            last = _last(paths, places)
+            names = [last, *(path for path in paths if path != last)]
+            tensor.name = ";".join(map(marked, names)).encode()
+
+
+def note_outputs(model: Any, entry: str, came_from: Mapping[str, str]) -> None:
+    """Note the modules of the outputs, by name, in the metadata: their tensors have the recipe's names instead."""
+    flatbuffer.add_metadata(model, {f"modules.{entry}": json.dumps(came_from)})
+
+
+def modules(model: Any, entry: str) -> list[str]:
+    """Path of the torch module that each tensor of an entry came from; "" outside of any child or if unknown."""
+    item = flatbuffer.signature(model, entry)
+    named = [paths_in(flatbuffer.text(tensor.name)) for tensor in model.subgraphs[item.subgraphIndex].tensors]
+    found = [paths[0] if paths else "" for paths in named]
+    outputs = json.loads(flatbuffer.metadata(model).get(f"modules.{entry}", "{}"))
+    for output in item.outputs:
+        found[output.tensorIndex] = outputs.get(flatbuffer.text(output.name), found[output.tensorIndex])
+    return found
