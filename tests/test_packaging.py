@@ -31,7 +31,8 @@ def test_the_wheel_holds_code_recipes_devices_and_checkpoints(tmp_path: Path) ->
     subprocess.run(command, check=True, timeout=300)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
-    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "edgeattn").rglob("*.py")}
+    code = {p.relative_to(ROOT).as_posix() for end in ("py", "toml") for p in (ROOT / "edgeattn").rglob(f"*.{end}")}
+    assert "edgeattn/targets/tflite/lint.toml" in code
     data = {
         f"edgeattn/{p.relative_to(ROOT).as_posix()}"
         for kind in ("recipes", "devices")

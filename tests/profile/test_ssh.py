@@ -102,8 +102,11 @@ def test_an_export_for_a_device_puts_the_faster_in_front_there(
     assert "bench could not be asked" in unasked["why"]
 
 
-def test_an_unknown_host_key(server: Sshd, digits: Bundle) -> None:
-    (server.home / ".ssh" / "known_hosts").write_text("")
+@pytest.mark.parametrize("known", ["", None], ids=["empty file", "no file"])
+def test_an_unknown_host_key(server: Sshd, digits: Bundle, known: str | None) -> None:
+    (server.home / ".ssh" / "known_hosts").unlink()
+    if known is not None:
+        (server.home / ".ssh" / "known_hosts").write_text(known)
     with pytest.raises(DeviceUnreachable, match="not known") as caught:
         transport(server).run(digits.path, ["--verify"])
     assert "fingerprint" in str(caught.value.fix)
