@@ -95,14 +95,17 @@ def _next(bundle: Bundle) -> list[str]:
     lines = [f"edgeattn verify {path}"]
     requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
     if place is not None and place.connect:
-        lines = [f"edgeattn {what} {path} --device {place.name}" for what in ("verify", "profile")]
+        lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
     elif requirements:
         lines.append(f"edgeattn profile {path}")
     if place is not None and place.kind != "host" and not place.connect:
         if place.emulate:
             lines.append("edgeattn device setup qemu    (once: what emulates it)")
-            lines.append(f"edgeattn verify {path} --device {place.name}    (emulated)")
-        lines.append(f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)")
+            lines.append(f"edgeattn verify {path} --device {manifest.device}    (emulated)")
+        if place.name == manifest.device:  # else a file, which can hold an address itself
+            lines.append(
+                f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)"
+            )
     lines.append(f"edgeattn inspect {path}")
     if requirements:
         lines.append(f"python {path}/run.py    (on the device: needs numpy and {requirements})")

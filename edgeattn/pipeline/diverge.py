@@ -85,12 +85,11 @@ def own_rounding(context: Context, feeds: dict[str, Array], reference: dict[str,
 
     from edgeattn.capture import run_eager
 
-    model = copy.deepcopy(context.value("reparameterize")).double()
     wide = {k: torch.from_numpy(v.copy()) for k, v in feeds.items()}
     wide = {k: v.double() if v.is_floating_point() else v for k, v in wide.items()}
     try:
-        exact = run_eager(model, wide, tuple(reference))
-    except Exception:  # a model that makes float32 tensors of its own does not run in float64
+        exact = run_eager(copy.deepcopy(context.value("reparameterize")).double(), wide, tuple(reference))
+    except Exception:  # not every model can be copied, or runs in float64 with float32 tensors of its own making
         return []
     far = {
         k: compare(exact[k].numpy().astype(np.float64), v.astype(np.float64)).relative_l2 for k, v in reference.items()

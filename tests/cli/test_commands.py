@@ -140,3 +140,16 @@ def test_another_input_size_is_exported_and_said_not_to_be_scored(edgeattn_cli: 
     assert manifest.entries["main"].inputs[0].shape == (2, 1, 64, 32)
     done = edgeattn_cli("export", "fmvit-digits", "-i", "x=8x1x32x32", "-o", tmp_path / "batch")
     assert "358 of 360" in done.stdout
+
+
+def test_what_follows_an_export_for_a_device_names_it_as_it_was_given(edgeattn_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "shed.toml").write_text('name = "board"\nbase = "raspberry-pi-5"\ntargets = ["onnx"]\n[runtimes]\n')
+    for device, added in ((str(tmp_path / "shed.toml"), False), ("raspberry-pi-5", True)):
+        words = ("-t", "onnx", "--device", device, "-o", tmp_path / str(added))
+        done = edgeattn_cli("export", "fmvit-digits", *words)
+        assert done.returncode == 0, done.stderr
+        following = done.stdout.partition("next:")[2]
+        assert f"fmvit-digits.onnx.fp32 --device {device}    (emulated)" in following
+        assert "edgeattn device setup qemu" in following
+        assert (f"edgeattn device add NAME ssh://user@host --base {device}" in following) == added
+        assert edgeattn_cli("devices", "show", device).returncode == 0
