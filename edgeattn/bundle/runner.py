@@ -523,10 +523,14 @@ def parse() -> argparse.Namespace:
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for."""
-    with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
-        manifest = json.load(handle)
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        age = "newer" if manifest["schema_version"] > SCHEMA_VERSION else "older"
+    try:
+        with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
+            manifest = json.load(handle)
+        version = int(manifest["schema_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(1, f"manifest.json is missing or damaged: {error}", "copy the bundle again") from error
+    if version != SCHEMA_VERSION:
+        age = "newer" if version > SCHEMA_VERSION else "older"
         raise Problem(2, f"this bundle's manifest is {age} than its runner", "copy the bundle again")
     if importlib.util.find_spec("numpy") is None:
         raise Problem(3, "NumPy is not installed", install_line(manifest))

@@ -72,6 +72,16 @@ def test_it_runs_ones_own_data(tiny, inputs, tmp_path):
     assert "y -> output.y.npy (2, 2) float32" in run(tiny.path, *inputs, cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"schema_version": null}'])
+def test_a_manifest_that_is_none_is_named(copy, text):
+    (copy / "manifest.json").unlink()
+    if text is not None:
+        (copy / "manifest.json").write_text(text)
+    done = run(copy)
+    failed(done, 1, "manifest.json is missing or damaged")
+    assert "copy the bundle again" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "golden/main-001.npz", "README.md", "manifest.json"])
 @pytest.mark.parametrize("own", [False, True])
 def test_one_changed_byte(copy, name, own, inputs):
