@@ -21,7 +21,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 EMULATED = ("cortex-a53", "cortex-a72", "cortex-a76")
 #: Names that mean this machine wherever a device is named.
 _TAKEN = ("host", "local")
-_OS_BITS = {"armv7l": 32, "aarch64": 64}
+_OS_BITS = {"armv7l": 32, "aarch64": 64, "arm64": 64}
+#: What a Core ML package can be made for. A model for one of them does not load on an older system.
+Deployment = Literal[
+    "iOS15", "iOS16", "iOS17", "iOS18", "iOS26", "macOS12", "macOS13", "macOS14", "macOS15", "macOS26"
+]  # fmt: skip
 
 
 def check_url(url: str) -> None:
@@ -61,6 +65,7 @@ class Device(schema.Strict):
         machine: instruction set that its programs are built for, as ``platform.machine()`` names it; "any" if unknown.
         os_bits: whether its system is a 32-bit or a 64-bit one, whatever its kernel.
         targets: which targets can run there, best first.
+        chip: the system on a chip, where what a target can do depends on more of it than its CPU.
         cpu: the cores' name. cores: their number. clock_ghz: their highest clock. memory_gb: RAM.
         bandwidth_gb_s: of the memory. bandwidth_kind: whether that is documented, measured, or computed from the
             memory's data rate and width.
@@ -68,6 +73,8 @@ class Device(schema.Strict):
         sources: where the figures come from.
         runtimes: the distribution that runs a target there, by target.
         wheels: versions of distributions that are known to exist for it.
+        deployment_target: the system that Core ML packages are made for, where nothing else is asked for.
+        int8_activations: whether Core ML computes faster there where weights and activations are int8 ones.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
         folder: where bundles are put on it while they run. python: its Python, where that is not ``python3``.
@@ -76,10 +83,11 @@ class Device(schema.Strict):
     name: str
     base: str | None = None
     description: str
-    kind: Literal["host", "board", "phone", "gpu", "optical"]
+    kind: Literal["host", "board", "phone", "tablet", "laptop", "gpu", "optical"]
     machine: str
     os_bits: Literal[32, 64] | None = None
     targets: tuple[str, ...] = Field(min_length=1)
+    chip: str | None = None
     cpu: str | None = None
     cores: int | None = Field(default=None, ge=1)
     clock_ghz: float | None = Field(default=None, gt=0)
@@ -90,6 +98,8 @@ class Device(schema.Strict):
     sources: tuple[str, ...] = ()
     runtimes: dict[str, str] = Field(default_factory=dict)
     wheels: dict[str, str] = Field(default_factory=dict)
+    deployment_target: Deployment | None = None
+    int8_activations: bool | None = None
     connect: str | None = None
     emulate: Literal["", "cortex-a53", "cortex-a72", "cortex-a76"] = ""
     identity: str | None = None
@@ -110,6 +120,17 @@ class Device(schema.Strict):
     def _with_bandwidth(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (value is None) != (info.data.get("bandwidth_gb_s") is None):
             raise ValueError("bandwidth_gb_s and bandwidth_kind go together")
+        return value
+
+    @field_validator("deployment_target", "int8_activations")
+    @classmethod
+    def _of_coreml(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
+        targets = info.data.get("targets", ("coreml",))
+        if value is not None and "coreml" not in targets:
+            raise ValueError(f"is of target coreml, which is not among the targets, {', '.join(targets)}")
+        handheld = info.data.get("kind") in ("phone", "tablet")
+        if isinstance(value, str) and value.startswith("macOS") == handheld:
+            raise ValueError(f"a {info.data.get('kind')} does not run it")
         return value
 
     @field_validator("runtimes")

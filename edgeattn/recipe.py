@@ -109,6 +109,8 @@ class Recipe(schema.Strict):
     outputs: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**63)
     preprocess: Preprocess | None = None
+    labels: tuple[str, ...] = ()
+    author: str = ""
     heldout: Heldout | None = None
 
     @field_validator("name")

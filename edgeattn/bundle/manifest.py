@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.hashing import sha256_data
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class _Part(BaseModel):
@@ -23,12 +23,14 @@ class TensorInfo(_Part):
 
     Attributes:
         layout: "NHWC" where the artifact takes an image with its channels last; else "".
+        pixels: factor and offset of each channel where it takes raw pixels, see ``targets.base.Tensor``.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     layout: str = ""
+    pixels: tuple[tuple[float, float], ...] = ()
 
 
 class EntryInfo(_Part):
@@ -78,6 +80,7 @@ class ArtifactInfo(_Part):
         backend: the target that lowered it, hence the kind of runtime that it needs.
         requirement: the pip requirement of ``run.py`` for it; "" if it cannot run without EdgeAttn.
         runtimes: with which the numbers were proven.
+        unproven: what that leaves open, in a sentence; "" where the runtime is the device's own.
         numerics: what its numbers were held against, by golden sample and output.
         task: score on the held-out samples, for the reference and for the artifact.
         facts: what the target recorded: node counts, transposes, what stayed in float32 and why.
@@ -88,6 +91,7 @@ class ArtifactInfo(_Part):
     requirement: str
     entries: dict[str, EntryInfo]
     runtimes: tuple[RuntimeInfo, ...]
+    unproven: str = ""
     tools: dict[str, str | None]
     numerics: dict[str, Any]
     task: dict[str, Any] | None = None

@@ -27,7 +27,7 @@ from importlib import metadata
 from typing import Any, Callable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Modules of the runtimes that can run an artifact, the one that is preferred first.
 MODULES = {

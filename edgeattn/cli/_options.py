@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ _JOB: tuple[Callable[..., Any], ...] = (
     ),
     click.option("--precision", "-p", default="fp32", show_default=True, help="fp32, fp16, ...; see edgeattn targets."),
     click.option("--device", "-d", help="The device it is for; see edgeattn devices."),
+    click.option("--option", "-O", "options", multiple=True, metavar="NAME=CHOICE", help="Of the target; see targets."),
     click.option("--layout", default="nchw", show_default=True, help="Of image inputs: nchw as in PyTorch, or nhwc."),
 )
 
@@ -44,7 +46,22 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """MODEL, --target, --precision, --device and the model's options."""
-    return _apply(_JOB, model_options(function))
+
+    @functools.wraps(function)
+    def parsed(options: tuple[str, ...], **given: Any) -> Any:
+        return function(options=_pairs(options, "--option"), **given)
+
+    return _apply(_JOB, model_options(parsed))
+
+
+def _pairs(texts: tuple[str, ...], hint: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint=hint)
+        pairs[name] = value
+    return pairs
 
 
 def parse_args(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -52,10 +69,7 @@ def parse_args(texts: tuple[str, ...]) -> dict[str, Any]:
     import json
 
     parsed: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--arg")
+    for name, value in _pairs(texts, "--arg").items():
         try:
             parsed[name] = json.loads(value)
         except ValueError:

@@ -69,11 +69,13 @@ def _report(exported: Exported, unscored: str | None) -> None:
     if unscored:
         facts.add_row("accuracy", f"not scored: {escape(unscored)}")
     models = {entry.file for info in manifest.artifacts for entry in info.entries.values()}
-    files = ", ".join(
-        f"{escape(n)} {size(i.size)}"
-        for n, i in manifest.files.items()
-        if n in models or n.removesuffix(".data") in models
-    )
+    sizes = {
+        model: sum(
+            i.size for n, i in manifest.files.items() if n in (model, f"{model}.data") or n.startswith(f"{model}/")
+        )
+        for model in sorted(models)
+    }
+    files = ", ".join(f"{escape(model)} {size(count)}" for model, count in sizes.items())
     facts.add_row("size", files)
     if manifest.choice:
         facts.add_row("in front", escape(f"{manifest.choice['front']}. {manifest.choice['why']}"))
@@ -125,6 +127,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
         f"worst relative L2 {worst[2]} on {escape(worst[1])} ({worst[4]}), allowed {tolerance:g}; "
         f"against the training form in float32, {len(rows)} comparisons",
     )
+    if info.unproven:
+        facts.add_row(f"unproven{which}", f"[yellow]{escape(info.unproven)}[/yellow]")
     if info.task:
         task = info.task
         facts.add_row(

@@ -62,6 +62,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
     proven = ", ".join(f"{r.name} {r.version} on {r.machine}" for r in info.runtimes)
     needs = f"; the device needs {info.requirement}" if info.requirement else ""
     facts.add_row("  proven with", f"{proven}{needs}")
+    if info.unproven:
+        facts.add_row("  unproven", f"[yellow]{escape(info.unproven)}[/yellow]")
     if info.task:
         task = info.task
         facts.add_row(

@@ -13,10 +13,12 @@ def command() -> None:
     from edgeattn import targets
     from edgeattn.cli._show import console, table
 
-    rows = table("target", "state", "precisions", "toolchain", "how to get it")
+    rows = table("target", "state", "precisions", "options (-O NAME=CHOICE)", "toolchain", "how to get it")
     for name in targets.names():
         target = targets.get(name)
         found = target.availability()
         state = "[green]found[/green]" if found.found else "[yellow]off[/yellow]"
-        rows.add_row(name, state, ", ".join(target.precisions(None)), escape(found.detail), escape(found.fix or ""))
+        options = "\n".join(f"{option}={'|'.join(choices)}" for option, choices in target.options.items())
+        held = ", ".join(target.precisions(None))
+        rows.add_row(name, state, held, options, escape(found.detail), escape(found.fix or ""))
     console().print(rows)

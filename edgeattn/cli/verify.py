@@ -32,7 +32,8 @@ def command(bundle: str, device: str | None, as_json: bool) -> None:
     numerics = {name: {k: n.as_dict() for k, n in sample.items()} for name, sample in verified.numerics.items()}
     if as_json:
         result = {"bundle": opened.manifest.name, "files": verified.files, "tolerance": verified.tolerance}
-        click.echo(json.dumps({**result, "numerics": numerics, "holds": True}, indent=1))
+        unproven = list(verified.unproven)
+        click.echo(json.dumps({**result, "numerics": numerics, "unproven": unproven, "holds": True}, indent=1))
         return
     out = console()
     rows = table("golden", "output", "relative L2", "max abs", "SQNR", "cosine", "not finite", right=("relative L2",))
@@ -45,6 +46,8 @@ def command(bundle: str, device: str | None, as_json: bool) -> None:
         f"[bold green]held[/bold green]  {opened.manifest.name}: {verified.files} files as they were made, "
         f"worst relative L2 {worst:.2e}, allowed {verified.tolerance:g}"
     )
+    for sentence in verified.unproven:
+        out.print(f"[yellow]{sentence}[/yellow]")
 
 
 def _on_device(bundle: Bundle, device: str, as_json: bool) -> None:

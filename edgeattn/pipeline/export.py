@@ -51,6 +51,7 @@ def make_job(
     precision: str = "fp32",
     device: str | None = None,
     layout: str = NCHW,
+    options: Mapping[str, str] | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -83,7 +84,10 @@ def make_job(
     availability = chosen.availability()
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
-    return Job(resolved, target, precision, device, layout)
+    asked = dict(options or {})
+    settled = chosen.settle(asked, place)
+    plain = chosen.settle({}, place)
+    return Job(resolved, target, precision, device, layout, {k: v for k, v in asked.items() if settled[k] != plain[k]})
 
 
 def _keep_standing(final: Path, key: str, force: bool) -> Bundle | None:
@@ -145,6 +149,7 @@ def export(
     *,
     device: str | None = None,
     layout: str = NCHW,
+    options: Mapping[str, str] | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -158,6 +163,7 @@ def export(
         target: the device's best where none is given, else ``onnx``.
         output: folder that the bundle's folder is made in.
         layout: of image inputs, ``nchw`` as in PyTorch or ``nhwc`` where the target takes it.
+        options: of the target, see ``edgeattn targets``.
         inputs: ``x=1x3x224x224`` texts or ``TensorSpec`` objects.
         force: replace what stands at the bundle's place.
 
@@ -173,6 +179,7 @@ def export(
         precision=precision,
         device=device,
         layout=layout,
+        options=options,
         inputs=inputs,
         checkpoint=checkpoint,
         args=args,

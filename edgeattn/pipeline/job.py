@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeattn import device as devices
@@ -20,6 +21,7 @@ class Job:
         target, precision: names.
         device: name of the device that the export is for, or None.
         layout: of image inputs, one of the target's ``layouts``.
+        options: of the target, as they were asked for.
     """
 
     resolved: Resolved
@@ -27,12 +29,20 @@ class Job:
     precision: str
     device: str | None = None
     layout: str = NCHW
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """Name of the bundle's folder."""
         layout = "" if self.layout == NCHW else f"-{self.layout}"
-        return f"{self.resolved.title}{layout}.{self.target}.{self.precision}"
+        options = "".join(f"-{name if choice == 'yes' else choice}" for name, choice in sorted(self.options.items()))
+        return f"{self.resolved.title}{layout}{options}.{self.target}.{self.precision}"
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """All of the target's options, see ``Target.settle``."""
+        place = devices.resolve(self.device) if self.device else None
+        return targets.get(self.target).settle(self.options, place)
 
     @property
     def runtime(self) -> str:
@@ -52,11 +62,10 @@ class Job:
             "precision": self.precision,
             "device": self.device,
             "layout": self.layout,
+            "options": dict(self.options),
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Job:
         """The inverse of ``to_dict``."""
-        return Job(
-            Resolved.model_validate(data["resolved"]), data["target"], data["precision"], data["device"], data["layout"]
-        )
+        return Job(**{**data, "resolved": Resolved.model_validate(data["resolved"])})

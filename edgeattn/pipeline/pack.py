@@ -41,6 +41,7 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
             for name, entry in lowered["entries"].items()
         },
         "runtimes": (RuntimeInfo(name=runtime, version=versions[runtime] or "", machine=tools.host()["machine"]),),
+        "unproven": target.unproven,
         "tools": versions,
         "numerics": {"reference": reference, **verified["numerics"]},
         "task": verified["task"],
@@ -94,6 +95,7 @@ def _shared(runs: Mapping[str, Finished]) -> set[str]:
 def _readme(manifest: Manifest) -> str:
     inputs = [
         f"- `{t.name}` {tuple(t.shape)} {t.dtype}{', channels last' if t.layout else ''}"
+        f"{', raw pixels' if t.pixels else ''}"
         for t in manifest.entries["main"].inputs
     ]
     outputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].outputs]
@@ -130,6 +132,7 @@ def _readme(manifest: Manifest) -> str:
             "",
             "The numbers were proven with:",
             *proven,
+            *(f"- {info.backend}: {info.unproven}" for info in manifest.artifacts if info.unproven),
             "",
             "Under another runtime `run.py` compares the golden outputs before it does anything else.",
             *([f"In front: {manifest.choice['front']}. {manifest.choice['why']}", ""] if manifest.choice else [""]),

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from edgeattn.core.errors import UsageError
+from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.numerics import Array
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
     from edgeattn.device import Device
     from edgeattn.lint import Finding
+    from edgeattn.recipe import Preprocess
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ class Tensor:
 
     Attributes:
         layout: ``NHWC`` where an image has its channels last, unlike the model's input of that name; else "".
+        pixels: where the artifact takes raw pixels, factor and offset of each channel: the model's input is
+            ``factor * pixel + offset``; else empty.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     layout: str = ""
+    pixels: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class LowerPlan:
         metadata: text that goes into the artifact (recipe, hashes, versions).
         runtime: the distribution that will run it, where a target has several; "" for the target's own.
         layout: one of the target's ``layouts``, for image inputs.
+        options: all of the target's options, see ``Target.settle``.
+        preprocess: the recipe's, for artifacts that take raw pixels. labels: the recipe's names of the classes.
     """
 
     precision: str
@@ -99,6 +105,9 @@ class LowerPlan:
     metadata: Mapping[str, str]
     runtime: str = ""
     layout: str = NCHW
+    options: Mapping[str, str] = field(default_factory=dict)
+    preprocess: Preprocess | None = None
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -152,14 +161,43 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> None:
 
 
 def own_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """A model's feeds in the artifact's own layout and widths.
+    """A model's feeds as the artifact takes them: its own layout, widths and pixels.
 
     Raises:
-        UsageError: a number that the artifact's narrower integers cannot hold.
+        UsageError: a number that the artifact's narrower integers cannot hold, or values that are of no pixels.
     """
-    last = {spec.name for spec in inputs if spec.layout == NHWC}
-    laid_out = {n: np.ascontiguousarray(v.transpose(0, 2, 3, 1)) if n in last else v for n, v in feeds.items()}
-    return own_widths(inputs, laid_out)
+    given = dict(feeds)
+    for spec in inputs:
+        value = given.get(spec.name)
+        if value is None:
+            continue
+        if spec.layout == NHWC:
+            value = np.ascontiguousarray(value.transpose(0, 2, 3, 1))
+        if spec.pixels:
+            value = _pixels(spec, value)
+        if value.ndim == 0 and spec.shape == (1,):
+            value = value.reshape(1)
+        given[spec.name] = value
+    return own_widths(inputs, given)
+
+
+def _pixels(spec: Tensor, value: Array) -> Array:
+    """The raw pixels (uint8) that a preprocessed image (B, C, H, W) was made of.
+
+    Raises:
+        UsageError: it was not made of whole numbers from 0 to 255.
+    """
+    factor, offset = (np.array(part).reshape(1, -1, 1, 1) for part in zip(*spec.pixels, strict=True))
+    raw = (value.astype(np.float64) - offset) / factor
+    whole: Array = np.clip(np.rint(raw), 0, 255)
+    if np.abs(raw - whole).max() > 0.01:
+        raise UsageError(
+            "a sample was not made of pixels",
+            value=f"{spec.name}: {raw.min():g} to {raw.max():g} before the preprocessing",
+            why="the artifact takes images of whole numbers from 0 to 255",
+            fix="give the recipe held-out images, or leave the image input away",
+        )
+    return whole.astype(np.uint8)
 
 
 def own_widths(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -183,7 +221,7 @@ def own_widths(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> dict[str
                     why=f"the artifact takes {wanted}, {limits.min} to {limits.max}",
                 )
             value = value.astype(wanted)
-        elif value.dtype == np.float64 and wanted == np.float32:
+        elif value.dtype.kind in "fb" and value.dtype.itemsize != wanted.itemsize and wanted.kind in "fi":
             value = value.astype(wanted)
         given[spec.name] = value
     return given
@@ -213,6 +251,10 @@ class Target(ABC):
     parts: ClassVar[tuple[str, ...]] = ()
     #: How image inputs can be laid out in an artifact, the default first.
     layouts: ClassVar[tuple[str, ...]] = (NCHW,)
+    #: What can be asked of it beside precision and layout: names and their choices, the default first.
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: What the numbers were not proven with, where that is not the runtime of the device; a sentence for the user.
+    unproven: ClassVar[str] = ""
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
 
@@ -223,6 +265,20 @@ class Target(ABC):
     @abstractmethod
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """Precisions that this target can hold on ``device`` (anywhere, when None)."""
+
+    def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
+        """All options with a choice for each: what was asked for, what the device implies, else the default.
+
+        Raises:
+            UsageError: an option or a choice that there is none of.
+        """
+        for name, choice in options.items():
+            where = f"target {self.name}"
+            if name not in self.options:
+                raise unknown("option", name, self.options, where=where, fix="" if self.options else "it has none")
+            if choice not in self.options[name]:
+                raise unknown(f"choice of option {name}", choice, self.options[name], where=where)
+        return {name: options.get(name, choices[0]) for name, choices in self.options.items()}
 
     @abstractmethod
     def lower_tools(self, precision: str) -> tuple[str, ...]:
@@ -239,6 +295,18 @@ class Target(ABC):
     @abstractmethod
     def open(self, artifact: Artifact) -> Runtime:
         """A runtime on this machine. Raises ToolchainMissing."""
+
+    def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
+        """Further runtimes that this machine has for the artifact, by name; ``verify`` asks them as well."""
+        return {}
+
+    def adopt(self, path: Path) -> Artifact | None:
+        """An artifact made elsewhere, to be run as it is; None if the file is not of this target's kind.
+
+        Raises:
+            UsageError: it is of this kind, and cannot be read.
+        """
+        return None
 
     def lint(self, program: Program, device: Device | None) -> list[Finding]:
         """What in a program is known to go wrong or slow on this target; found before any conversion."""

@@ -52,7 +52,7 @@ def _reference_config(job: Job) -> dict[str, Any]:
     heldout = job.resolved.heldout_sha256
     return {
         "outputs": recipe["outputs"],
-        "preprocess": recipe["preprocess"] if heldout else None,
+        "preprocess": recipe["preprocess"],
         "heldout": heldout,
         "golden": recipe["heldout"]["golden"] if heldout else None,
     }
@@ -65,6 +65,7 @@ def _lower_config(job: Job) -> dict[str, Any]:
         "recipe": job.resolved.sha256,
         "runtime": job.runtime,
         "layout": job.layout,
+        "options": job.settled,
     }
 
 
@@ -84,7 +85,7 @@ def _lint_code(job: Job) -> tuple[str, ...]:
 
 
 #: Targets whose code is in this package.
-OWN_TARGETS = ("onnx", "tflite", "null")
+OWN_TARGETS = ("coreml", "onnx", "tflite", "null")
 
 STAGES = (
     Stage(

@@ -27,7 +27,17 @@ def run(context: Context) -> dict[str, Any]:
         },
     }
     samples = [feeds for feeds, _ in context.golden()]
-    plan = LowerPlan(job.precision, samples, metadata, job.runtime, job.layout)
+    recipe = job.resolved.recipe
+    plan = LowerPlan(
+        job.precision,
+        samples,
+        metadata | ({"author": recipe.author} if recipe.author else {}),
+        job.runtime,
+        job.layout,
+        job.settled,
+        recipe.preprocess,
+        recipe.labels,
+    )
     artifact = target.lower(context.value("capture"), plan, context.out)
     gate(list(artifact.findings))
     return {
@@ -49,11 +59,16 @@ def entries_of(facts: Mapping[str, Any]) -> dict[str, ArtifactEntry]:
     return {
         name: ArtifactEntry(
             entry["file"],
-            tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["inputs"]),
-            tuple(Tensor(**t | {"shape": tuple(t["shape"])}) for t in entry["outputs"]),
+            tuple(map(_tensor, entry["inputs"])),
+            tuple(map(_tensor, entry["outputs"])),
         )
         for name, entry in facts["entries"].items()
     }
+
+
+def _tensor(fields: Mapping[str, Any]) -> Tensor:
+    pixels = tuple((factor, offset) for factor, offset in fields["pixels"])
+    return Tensor(**{**fields, "shape": tuple(fields["shape"]), "pixels": pixels})
 
 
 def artifact_of(result: Result, precision: str) -> Artifact:

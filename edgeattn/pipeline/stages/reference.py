@@ -15,7 +15,7 @@ from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
-from edgeattn.recipe import Resolved
+from edgeattn.recipe import Preprocess, Resolved
 
 #: Golden samples of a model without held-out data.
 RANDOM_SAMPLES = 2
@@ -56,13 +56,29 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
             where=str(path),
             why="x must hold finite real numbers, y class numbers from 0",
         )
-    pre = resolved.recipe.preprocess
-    values = x.astype(np.float32)
-    if pre is not None:
-        per_channel = (1, -1) + (1,) * (values.ndim - 2)
-        mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (pre.mean, pre.std))
-        values = (values * np.float32(pre.scale) - mean) / std
-    return values, y
+    return preprocessed(x, resolved.recipe.preprocess), y
+
+
+def preprocessed(raw: Array, preprocess: Preprocess | None) -> Array:
+    """Raw values (N, C, ...) as the model takes them, in float32."""
+    values = raw.astype(np.float32)
+    if preprocess is None:
+        return values
+    per_channel = (1, -1) + (1,) * (values.ndim - 2)
+    mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (preprocess.mean, preprocess.std))
+    scaled: Array = (values * np.float32(preprocess.scale) - mean) / std
+    return scaled
+
+
+def _random_feeds(built: Built, resolved: Resolved) -> Iterator[dict[str, Tensor]]:
+    """Random inputs; where the recipe says how an image is preprocessed, the first one is an image of random pixels."""
+    for i in range(RANDOM_SAMPLES):
+        seed = resolved.recipe.seed + 1000 * (i + 1)
+        feed, spec = built.random_inputs(seed), built.specs[0]
+        if resolved.recipe.preprocess and len(spec.shape) == 4 and spec.dtype == "float32":
+            pixels = np.random.Generator(np.random.PCG64(seed)).integers(0, 255, size=spec.shape, endpoint=True)
+            feed[spec.name] = torch.from_numpy(preprocessed(pixels, resolved.recipe.preprocess))
+        yield feed
 
 
 def check_logits(logits: Array, labels: Array) -> None:
@@ -181,7 +197,7 @@ def run(context: Context) -> dict[str, Any]:
         feeds = [{spec.name: torch.from_numpy(part)} for part in parts[:count]]
         facts["data"] = "held-out samples"
     else:
-        feeds = [built.random_inputs(resolved.recipe.seed + 1000 * (i + 1)) for i in range(RANDOM_SAMPLES)]
+        feeds = list(_random_feeds(built, resolved))
     outputs: dict[str, Tensor] = {}
     for i, feed in enumerate(feeds):
         outputs = run_eager(built.model, feed, names)

@@ -1,0 +1,106 @@
+"""Core ML: an ML program made by coremltools, verified anywhere by our own interpreter, run on Apple's systems."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from edgeattn.core import tools
+from edgeattn.core.errors import ToolchainMissing
+from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
+
+if TYPE_CHECKING:
+    from edgeattn.capture import Program
+    from edgeattn.device import Device
+    from edgeattn.lint import Finding
+
+#: Systems that a package can be made for, and the macOS of the same year. The oldest is the default.
+DEPLOYMENTS = {"iOS16": "macOS13", "iOS17": "macOS14", "iOS18": "macOS15"}
+#: What converts, reads and runs packages.
+COREMLTOOLS = "coremltools"
+
+
+class CoreMLTarget(Target):
+    """Lowers with coremltools; runs in the MIL interpreter, and on a Mac in Core ML as well."""
+
+    name: ClassVar[str] = "coreml"
+    runtime_tools: ClassVar[tuple[str, ...]] = ("edgeattn", COREMLTOOLS, "torch", "numpy")
+    device_runtimes: ClassVar[tuple[str, ...]] = (COREMLTOOLS,)
+    unproven: ClassVar[str] = "graph and weights verified by interpreter; not run on Apple hardware"
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "deployment": (*DEPLOYMENTS, *DEPLOYMENTS.values()),
+        "io": ("float32", "float16"),
+        "image": ("no", "rgb", "bgr", "gray"),
+        "classifier": ("no", "yes"),
+    }
+
+    def availability(self) -> Availability:
+        """Found when coremltools is installed; its version is the detail."""
+        version = tools.version(COREMLTOOLS)
+        if version is None:
+            return Availability(False, f"not installed: {COREMLTOOLS}", "pip install 'edgeattn[coreml]'")
+        return Availability(True, f"{COREMLTOOLS} {version}")
+
+    def precisions(self, device: Device | None) -> tuple[str, ...]:
+        """fp32; or weights and activations in float16."""
+        return ("fp32", "fp16")
+
+    def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
+        """See ``Target.settle``; a device says which system it has. A macOS means the iOS of the same year."""
+        settled = super().settle(options, device)
+        if "deployment" not in options and device is not None and device.deployment_target:
+            settled["deployment"] = device.deployment_target
+        of_the_year = {mac: ios for ios, mac in DEPLOYMENTS.items()}
+        return settled | {"deployment": of_the_year.get(settled["deployment"], settled["deployment"])}
+
+    def lower_tools(self, precision: str) -> tuple[str, ...]:
+        """The converter and what it computes with."""
+        return (COREMLTOOLS, "torch", "numpy", "protobuf")
+
+    def _need(self) -> None:
+        availability = self.availability()
+        if not availability.found:
+            raise ToolchainMissing("coremltools is missing", why=availability.detail, fix=availability.fix)
+
+    def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
+        """See ``Target.lower``; one .mlpackage for each entry."""
+        self._need()
+        from edgeattn.targets.coreml.lower import lower
+
+        return lower(program, plan, out)
+
+    def open(self, artifact: Artifact) -> Runtime:
+        """The MIL interpreter; packages are read from the disk when an entry is first run."""
+        self._need()
+        from edgeattn.targets.coreml.runtime import MilRuntime
+
+        return MilRuntime(artifact)
+
+    def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
+        """On a Mac, Core ML itself."""
+        if sys.platform != "darwin":
+            return {}
+        from edgeattn.targets.coreml.predict import CoreMLRuntime
+
+        return {"Core ML": CoreMLRuntime(artifact)}
+
+    def adopt(self, path: Path) -> Artifact | None:
+        """See ``Target.adopt``; an .mlpackage, whoever made it."""
+        if path.suffix != ".mlpackage":
+            return None
+        self._need()
+        from edgeattn.targets.coreml.runtime import adopt
+
+        return adopt(path)
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """See ``Target.lint``; the rules are in ``lint.toml``."""
+        from edgeattn.targets.coreml.lint import lint
+
+        return lint(program, device)
+
+    def package(self) -> str:
+        """The runner needs coremltools, and macOS."""
+        return COREMLTOOLS

@@ -1,4 +1,4 @@
-"""One operation at a time: through a saved package and the interpreter, and through coremltools' own value inference."""
+"""One operation at a time: through a saved package and the interpreter, and through coremltools' value inference."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class _Ref:
 
 @dataclass
 class _Step:
-    """One operation, bound.
+    """One operation, bound; ``blocks`` are those of control flow.
 
     Attributes:
         fixed: arguments that are known already. moving: parameter, its kind, references and known values among them.
@@ -73,6 +73,7 @@ class _Step:
     call: Call
     fixed: dict[str, Any]
     moving: list[tuple[str, str, list[Any]]]
+    blocks: list[_Block]
     drop: list[str] = field(default_factory=list)
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,9 +168,9 @@ class Function:
             made = {declared.name for declared in step.call.outputs}
             step.drop = [name for name in (names | made) - needed if name not in around]
             needed |= names
-        names = tuple(spec.outputs)
-        outputs = [known.get(name, _Ref(name)) for name in names]
-        return _Block(tuple(item.name for item in spec.inputs), [step for step, _ in steps], names, outputs)
+        outputs = [known.get(name, _Ref(name)) for name in spec.outputs]
+        inputs = tuple(item.name for item in spec.inputs)
+        return _Block(inputs, [step for step, _ in steps], tuple(spec.outputs), outputs)
 
     def _bind(self, spec: Any, known: Mapping[str, Any]) -> _Step:
         outputs = tuple(Declared(item.name, *type_of(item.type)) for item in spec.outputs)
@@ -199,10 +200,9 @@ class Function:
                 moving.append((parameter, kind, ready))
             else:
                 fixed[parameter] = ready if kind == "Tensors" else ready[0]
-        blocks = tuple(self._nested(self._compile(block, known)) for block in spec.blocks)
-        call = Call(spec.type, name, self._opset, self.mode, outputs, blocks)
+        call = Call(spec.type, name, self._opset, self.mode, outputs)
         fixed.update({parameter: call for parameter, kind in found.kinds.items() if kind == "Call"})
-        return _Step(found, call, fixed, moving)
+        return _Step(found, call, fixed, moving, [self._compile(block, known) for block in spec.blocks])
 
     def _known(self, argument: Any, known: Mapping[str, Any]) -> Any:
         """The constant or the reference that an argument names, or the constant that it holds."""
@@ -211,11 +211,9 @@ class Function:
         value = argument.value if argument.DESCRIPTOR.name == "Binding" else argument
         return _Const(decode(value, self._weights), type_of(value.type)[0], self.mode)
 
-    def _nested(self, block: _Block) -> Callable[[Sequence[Any], Mapping[str, Any]], list[Any]]:
-        def run(values: Sequence[Any], around: Mapping[str, Any]) -> list[Any]:
-            return self._run_block(block, {**around, **dict(zip(block.inputs, values, strict=True))})
-
-        return run
+    def _nested(self, block: _Block, around: Mapping[str, Any]) -> Callable[[Sequence[Any]], list[Any]]:
+        """A block of control flow as a function from its arguments to its results."""
+        return lambda values: self._run_block(block, {**around, **dict(zip(block.inputs, values, strict=True))})
 
     def _run_block(self, block: _Block, values: dict[str, Any]) -> list[Any]:
         for step in block.steps:
@@ -230,8 +228,8 @@ class Function:
     def _execute(self, step: _Step, values: Mapping[str, Any]) -> list[Any]:
         """Outputs of one operation in their declared dtypes."""
         given, call = step.arguments(values), step.call
-        if call.blocks:
-            given["call"] = replace(call, blocks=tuple(lambda v, b=b: b(v, values) for b in call.blocks))
+        if step.blocks:
+            given["call"] = replace(call, blocks=tuple(self._nested(block, values) for block in step.blocks))
         try:
             made = step.op.function(**given)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -249,6 +247,10 @@ class Function:
             conform(value, declared.dtype, self.mode) if isinstance(value, Tensor) else value
             for value, declared in zip(results, call.outputs, strict=True)
         ]
+
+    def module_of(self, value: str) -> str:
+        """Path of the torch module that a value came from; "" if that is not known."""
+        return self._modules.get(value, "")
 
     def make_state(self) -> dict[str, Any]:
         """New states, all zeros, for ``run`` to read and to write."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -120,10 +120,13 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def op(*names: str) -> Callable[[_Function], _Function]:
     """Register an implementation under MIL's names; see the head of this file for its parameters."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: _Function) -> _Function:
         parameters = inspect.signature(function).parameters.values()
         kinds = {p.name: str(p.annotation).removesuffix(" | None") for p in parameters}
         required = frozenset(p.name for p in parameters if p.default is p.empty and kinds[p.name] != "Call")

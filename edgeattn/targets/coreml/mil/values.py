@@ -49,13 +49,14 @@ PACKED = {
     "uint4": (4, False),
     "uint6": (6, False),
 }
-NUMPY = {
-    "bool": np.bool_,
-    "fp16": np.float16,
-    "fp32": np.float32,
-    "fp64": np.float64,
+#: NumPy's dtypes of all that can stand in an array.
+NUMPY: dict[str, np.dtype[Any]] = {
+    "bool": np.dtype(np.bool_),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
     **{name: np.dtype(name) for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-    **{name: np.int8 if signed else np.uint8 for name, (_, signed) in PACKED.items()},
+    **{name: np.dtype(np.int8 if signed else np.uint8) for name, (_, signed) in PACKED.items()},
 }
 _SENTINEL = 0xDEADBEEF
 _METADATA = struct.Struct("<IIQQQ")
@@ -64,10 +65,10 @@ _METADATA = struct.Struct("<IIQQQ")
 def unpack(data: Array, bits: int, signed: bool, count: int) -> Array:
     """Numbers of less than a byte, packed with the lowest bits first; as int8 or uint8 of shape (count,)."""
     stream = np.unpackbits(data, bitorder="little", count=bits * count).reshape(count, bits)
-    values = (stream << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
-    if not signed:
-        return values
-    return (values.astype(np.int16) - ((values >> (bits - 1)).astype(np.int16) << bits)).astype(np.int8)
+    values: Array = (stream << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+    if signed:  # the highest bit counts -2^(bits - 1): what is above it is filled with its value
+        values = (values << (8 - bits)).view(np.int8) >> (8 - bits)
+    return values
 
 
 class Weights:
@@ -101,13 +102,13 @@ class Weights:
         """
         data = self._file(name)
         count = math.prod(shape)
-        bits, signed = PACKED.get(dtype, (np.dtype(NUMPY[dtype]).itemsize * 8, False))
+        bits, signed = PACKED.get(dtype, (NUMPY[dtype].itemsize * 8, False))
         wanted = (count * bits + 7) // 8
         problem = ""
         if offset + _METADATA.size > data.size:
             problem = f"it ends at byte {data.size}, a value begins at {offset}"
         else:
-            sentinel, _, size, start, _ = _METADATA.unpack_from(data, offset)
+            sentinel, _, size, start, _ = _METADATA.unpack(data[offset : offset + _METADATA.size].tobytes())
             if sentinel != _SENTINEL:
                 problem = f"no value begins at byte {offset}"
             elif size < wanted:

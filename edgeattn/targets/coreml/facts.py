@@ -1,0 +1,50 @@
+"""What is worth recording of a package: operations, ranks, integers, weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from edgeattn.targets.coreml.mil.package import VERSIONS, Package
+from edgeattn.targets.coreml.mil.values import DTYPES
+
+#: Of these the output's dtype says nothing about where they run: they hold what is known before, or convert it.
+_SILENT = ("const", "cast")
+
+
+def operations(package: Package) -> Iterator[Any]:
+    """Every operation of every function and of the blocks inside, constants left out."""
+
+    def inside(block: Any) -> Iterator[Any]:
+        for item in block.operations:
+            if item.type != "const":
+                yield item
+            for nested in item.blocks:
+                yield from inside(nested)
+
+    for function in package.spec.mlProgram.functions.values():
+        yield from inside(function.block_specializations[function.opset])
+
+
+def facts_of(package: Package) -> dict[str, Any]:
+    """Counts of operations, those of rank above 4 and those on integers with their modules, and the weights' bytes."""
+    nodes: Counter[str] = Counter()
+    high_rank, integer = [], []
+    for item in operations(package):
+        nodes[item.type] += 1
+        for output in item.outputs:
+            tensor = output.type.tensorType
+            place = {"op": item.type, "value": output.name, "module": package.modules.get(output.name, "")}
+            if tensor.rank > 4:
+                high_rank.append(place | {"rank": tensor.rank})
+            if DTYPES.get(tensor.dataType, "").startswith(("int", "uint")) and item.type not in _SILENT:
+                integer.append(place)
+    weights = sum(path.stat().st_size for path in package.root.rglob("*.bin"))
+    return {
+        "nodes": dict(nodes.most_common()),
+        "minimum_system": VERSIONS[package.spec.specificationVersion],
+        "high_rank": high_rank,
+        "integer": integer,
+        "weight_bytes": weights,
+    }

@@ -1,0 +1,215 @@
+"""From a captured program to .mlpackage folders: one for each entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgeattn.capture import Entry, Program
+from edgeattn.core.errors import ConversionFailed, UsageError
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.coreml.describe import describe
+from edgeattn.targets.coreml.facts import facts_of
+from edgeattn.targets.coreml.images import pixels_of, take_pixels
+from edgeattn.targets.coreml.mends import mend
+from edgeattn.targets.coreml.mil.package import open_package
+from edgeattn.targets.coreml.modules import note_modules, path_of
+from edgeattn.targets.quiet import quiet
+
+#: A listing for a debugger of another project, which coremltools leaves in the package.
+_DEBUG = "executorch_debug_handle_mapping.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An entry as the converter gets it.
+
+    Attributes:
+        inputs, outputs: fake tensors by the recipe's names.
+        pixels: factor and offset of each channel where the first input is an image.
+        mends: how many places each one changed.
+    """
+
+    graph: torch.export.ExportedProgram
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    pixels: tuple[tuple[float, float], ...]
+    mends: dict[str, int]
+
+
+def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()) -> Prepared:
+    """Decompose, mend, and note the module of each node where the converter carries it on.
+
+    Args:
+        without: mends to leave out.
+    """
+    graph = entry.graph.run_decompositions({})
+    changed = mend(graph.graph_module, plan.precision, without)
+    (returned,) = graph.graph.output_node().args
+    assert isinstance(returned, list | tuple)
+    for spec, node in zip(graph.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, fx.Node):
+            spec.arg = torch.export.graph_signature.TensorArgument(name=node.name)  # a mend may have replaced it
+    placeholders = {node.name: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
+    inputs = dict(zip(entry.inputs, (placeholders[str(n)] for n in graph.graph_signature.user_inputs), strict=True))
+    own = returned[len(returned) - len(entry.outputs) :]
+    outputs = {n: node.meta["val"] for n, node in zip(entry.outputs, own, strict=True) if isinstance(node, fx.Node)}
+    pixels: tuple[tuple[float, float], ...] = ()
+    if plan.options["image"] != "no":
+        pixels = pixels_of(plan.preprocess, plan.options["image"], next(iter(inputs.values())))
+        take_pixels(graph, pixels)
+    for node in graph.graph.nodes:
+        node.meta["stack_trace"] = path_of(node)
+    return Prepared(graph, inputs, outputs, pixels, changed)
+
+
+def _dtype(value: torch.Tensor, plan: LowerPlan) -> type[Any]:
+    """What Core ML takes or gives for a tensor: it has no 64-bit numbers there and no bool."""
+    if not value.is_floating_point():
+        return np.int32
+    return np.float16 if plan.options["io"] == "float16" else np.float32
+
+
+def _check_nodes(graph: torch.export.ExportedProgram) -> None:
+    """Whether the converter knows every operation, said with all of them before it stops at the first.
+
+    Raises:
+        ConversionFailed: lists those that it does not know, with their modules.
+    """
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
+
+    unknown: dict[str, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and not is_torch_fx_node_supported(node):
+            unknown.setdefault(str(node.target), []).append(path_of(node) or "(model)")
+    if unknown:
+        first = next(iter(unknown))
+        raise ConversionFailed(
+            "coremltools cannot convert an operation of the model",
+            value=", ".join(unknown),
+            where=f"module {unknown[first][0]}",
+            why="it has no converter for it",
+            fix="write that module with other operations",
+            details=[f"{target} in {', '.join(dict.fromkeys(paths))}" for target, paths in unknown.items()],
+        )
+
+
+@contextmanager
+def _following() -> Iterator[list[str]]:
+    """While this lasts the list holds kind and module path of the node that the converter stands at."""
+    from coremltools.converters.mil.frontend.torch import ops
+
+    convert_node, stood = ops.convert_single_node, ["", ""]
+
+    def follow(context: Any, node: Any) -> None:
+        stood[:] = [str(node.kind), str((node.meta or {}).get("stack_trace") or "")]
+        convert_node(context, node)
+
+    ops.convert_single_node = follow
+    try:
+        yield stood
+    finally:
+        ops.convert_single_node = convert_node
+
+
+def convert(prepared: Prepared, plan: LowerPlan) -> Any:
+    """The model in coremltools' form.
+
+    Raises:
+        ConversionFailed: names the operation and the module at which the converter stopped.
+    """
+    with quiet():
+        import coremltools as ct
+
+        _check_nodes(prepared.graph)
+        inputs = [ct.TensorType(n, tuple(v.shape) or (1,), dtype=_dtype(v, plan)) for n, v in prepared.inputs.items()]
+        layouts = {"rgb": "RGB", "bgr": "BGR", "gray": "GRAYSCALE"}
+        if prepared.pixels:
+            layout = getattr(ct.colorlayout, layouts[plan.options["image"]])
+            inputs[0] = ct.ImageType(inputs[0].name, tuple(inputs[0].shape.shape), color_layout=layout)
+        outputs = [ct.TensorType(n, dtype=_dtype(v, plan)) for n, v in prepared.outputs.items()]
+        classifier = ct.ClassifierConfig(list(plan.labels)) if plan.options["classifier"] == "yes" else None
+        with _following() as stood:
+            try:
+                return ct.convert(
+                    prepared.graph,
+                    inputs=inputs,
+                    # The converter counts a classifier's outputs wrongly when they are given.
+                    outputs=None if classifier else outputs,
+                    minimum_deployment_target=getattr(ct.target, plan.options["deployment"]),
+                    compute_precision=ct.precision.FLOAT16 if plan.precision == "fp16" else ct.precision.FLOAT32,
+                    classifier_config=classifier,
+                    skip_model_load=True,
+                )
+            except Exception as error:
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise ConversionFailed(
+                    "coremltools cannot convert the model",
+                    value=stood[0] or None,
+                    where=f"module {stood[1] or '(model)'}",
+                    why=f"{type(error).__name__}: {lines[0] if lines else ''}"[:400],
+                    fix="'edgeattn lint MODEL --target coreml' names patterns that are known to fail, and their mend",
+                    details=lines[1:6],
+                ) from error
+
+
+def _check_classifier(plan: LowerPlan, prepared: Prepared) -> None:
+    if plan.options["classifier"] != "yes":
+        return
+    shapes = [tuple(value.shape) for value in prepared.outputs.values()]
+    if not plan.labels or shapes != [(1, len(plan.labels))]:
+        raise UsageError(
+            "the model cannot be a Core ML classifier",
+            value="classifier=yes",
+            why=f"the recipe has {len(plan.labels)} labels, the outputs are {', '.join(map(str, shapes))}",
+            fix='write labels = ["cat", "dog"] into the recipe, one for each column of its only output (1, N)',
+        )
+
+
+def _name_probabilities(model: Any, name: str) -> None:
+    """Call a classifier's numbers as the recipe calls the output; the predicted label is ``classLabel``."""
+    from coremltools.models.utils import rename_feature
+
+    description = model._spec.description
+    rename_feature(model._spec, description.predictedProbabilitiesName, name, rename_inputs=False)
+    description.predictedProbabilitiesName = name
+
+
+def _entry(file: str, prepared: Prepared, plan: LowerPlan) -> ArtifactEntry:
+    """Inputs and outputs as the package takes and gives them."""
+    inputs = [Tensor(n, tuple(v.shape) or (1,), np.dtype(_dtype(v, plan)).name) for n, v in prepared.inputs.items()]
+    if prepared.pixels:
+        inputs[0] = Tensor(inputs[0].name, inputs[0].shape, "uint8", pixels=prepared.pixels)
+    outputs = [Tensor(n, tuple(v.shape), np.dtype(_dtype(v, plan)).name) for n, v in prepared.outputs.items()]
+    return ArtifactEntry(file, tuple(inputs), tuple(outputs))
+
+
+def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
+    """Write ``ENTRY.mlpackage`` into ``out`` for each entry, with the recipe's names.
+
+    Raises:
+        ConversionFailed: names the operation and the module. UsageError: an image input or a classifier is asked for,
+            and the recipe or the model has nothing to make it of.
+    """
+    entries, facts = {}, {}
+    for name, entry in program.entries.items():
+        prepared = prepare(entry, plan)
+        _check_classifier(plan, prepared)
+        model = convert(prepared, plan)
+        describe(model, plan, note_modules(model._mil_program))
+        if plan.options["classifier"] == "yes":
+            _name_probabilities(model, *prepared.outputs)
+        file = f"{name}.mlpackage"
+        with quiet():
+            model.save(str(out / file))
+        (out / file / _DEBUG).unlink(missing_ok=True)
+        entries[name] = _entry(file, prepared, plan)
+        facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends}
+    return Artifact(out, plan.precision, entries, {"options": dict(plan.options), "entries": facts})

@@ -1,0 +1,40 @@
+"""How a mend writes nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx
+
+
+def calls(module: fx.GraphModule, *targets: Any) -> Iterator[fx.Node]:
+    """Nodes that call one of these operations; the graph may be changed on the way."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target in targets:
+            yield node
+
+
+def value(item: Any) -> Any:
+    """The fake tensor of a node, or the argument itself."""
+    return item.meta["val"] if isinstance(item, fx.Node) else item
+
+
+class Writer:
+    """Writes nodes before ``place``, which they stand for: they carry its module."""
+
+    def __init__(self, place: fx.Node) -> None:
+        self._place = place
+
+    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of ``target``; its shape and dtype follow from the arguments'."""
+        with self._place.graph.inserting_before(self._place):
+            node = self._place.graph.call_function(target, args)
+        node.meta = {key: held for key, held in self._place.meta.items() if key != "val"}
+        node.meta["val"] = target(*[value(arg) for arg in args])
+        return node
+
+    def replace(self, new: fx.Node) -> None:
+        """Let every reader of ``place`` read ``new``; ``place`` goes."""
+        self._place.replace_all_uses_with(new)
+        self._place.graph.erase_node(self._place)

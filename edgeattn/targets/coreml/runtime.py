@@ -1,0 +1,81 @@
+"""The MIL interpreter as a runtime of the target: outputs, and every tensor on the way to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor as TorchTensor
+
+from edgeattn.core.numerics import Array
+from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor, TraceValue, check_feeds, entry_of
+from edgeattn.targets.coreml.mil.features import Feature, features_of
+from edgeattn.targets.coreml.mil.package import open_package
+from edgeattn.targets.coreml.mil.program import Function
+
+
+class MilRuntime:
+    """An artifact's packages under the interpreter; states begin as zeros at every run."""
+
+    def __init__(self, artifact: Artifact, mode: str = "fp32acc") -> None:
+        """Nothing is read yet; ``mode`` as in ``Function``."""
+        self._artifact, self._mode = artifact, mode
+        self._opened: dict[str, Function] = {}
+
+    def _function(self, entry: str) -> Function:
+        if entry not in self._opened:
+            package = open_package(self._artifact.folder / entry_of(self._artifact, entry).file)
+            function = entry if self._artifact.facts.get("adopted") else None
+            self._opened[entry] = Function(package, function, self._mode)
+        return self._opened[entry]
+
+    def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name.
+
+        Raises:
+            UsageError: unknown entry, a damaged package, or feeds of other names, shapes or dtypes, or with NaN.
+            ConversionFailed: an operation that the interpreter does not have.
+        """
+        if not self._artifact.facts.get("adopted"):
+            check_feeds(entry_of(self._artifact, entry).inputs, feeds)
+        function = self._function(entry)
+        return _arrays(function.run(feeds, function.make_state()))
+
+    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+        """Every float tensor that an operation gives, in order."""
+        function = self._function(entry)
+        seen: list[TraceValue] = []
+
+        def keep(name: str, operation: str, value: TorchTensor) -> None:
+            seen.append(TraceValue(name, function.module_of(name), operation, value.numpy().copy()))
+
+        function.run(feeds, function.make_state(), keep)
+        yield from seen
+
+
+def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """A classifier's probabilities by label become a row (1, N) in the order of the labels, its label a text array."""
+    return {
+        name: np.array([list(value.values())], np.float32) if isinstance(value, dict) else np.asarray(value)
+        for name, value in outputs.items()
+    }
+
+
+def _tensor(feature: Feature) -> Tensor:
+    return Tensor(feature.name, feature.shape, feature.dtype)
+
+
+def adopt(path: Path) -> Artifact:
+    """A package as it is: its functions are the entries. No precision is known of it, and shapes may be flexible.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    package = open_package(path)
+    entries = {}
+    for name in package.functions:
+        inputs, outputs, _ = features_of(package, name)
+        entries[name] = ArtifactEntry(path.name, tuple(map(_tensor, inputs)), tuple(map(_tensor, outputs)))
+    return Artifact(path.parent, "", entries, {"adopted": True})
