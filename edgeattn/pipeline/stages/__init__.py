@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import edgeattn
+from edgeattn import device as devices
 from edgeattn import targets
 from edgeattn.pipeline.job import Job
 
@@ -56,6 +57,12 @@ def _reference_config(job: Job) -> dict[str, Any]:
         "heldout": heldout,
         "golden": recipe["heldout"]["golden"] if heldout else None,
     }
+
+
+def _lint_config(job: Job) -> dict[str, Any]:
+    """Of the device what findings depend on, so that one artifact serves all that are alike in it."""
+    place = devices.resolve(job.device) if job.device else None
+    return {"target": job.target, "runtime": job.runtime, "chip": place.chip if place else None}
 
 
 def _lower_config(job: Job) -> dict[str, Any]:
@@ -121,7 +128,7 @@ STAGES = (
         ("capture",),
         lambda job: ("core", "lint", "pipeline/stages/lint.py", *_lint_code(job)),
         lambda job: ("torch",),
-        lambda job: {"target": job.target, "runtime": job.runtime},
+        _lint_config,
     ),
     Stage(
         "lower",

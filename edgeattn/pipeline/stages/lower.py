@@ -8,13 +8,18 @@ from typing import Any
 import edgeattn
 from edgeattn import targets
 from edgeattn.core import tools
-from edgeattn.lint import gate
+from edgeattn.lint import Finding, gate
 from edgeattn.pipeline.context import Context, Result
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write the artifact's files."""
+    """Write the artifact's files.
+
+    Raises:
+        CheckFailed: lint found an error, in the program before anything is converted, or in the artifact.
+    """
+    gate([Finding(**finding) for finding in context.results["lint"].facts["findings"]])
     job = context.job
     target = targets.get(job.target)
     metadata = {

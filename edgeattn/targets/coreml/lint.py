@@ -28,8 +28,8 @@ _Hit = tuple[str, str, Severity | None]
 
 #: Height and width that the Neural Engine takes, and the A and M chips from which on it takes more.
 _WIDEST, _WIDER, _WIDER_FROM = 16384, 65536, {"A": 17, "M": 4}
-#: The first number below the lowest of float16 that rounds to -inf.
-_MINUS_INF = -65520.0
+#: The lowest number of float16. The converter keeps in float32 what is below, also what would round to it.
+_LOWEST = -65504.0
 #: Its square is the largest that float16 holds.
 _SQUARES_TO = 255.0
 #: What states are a multiple of, in their last two dimensions.
@@ -203,8 +203,9 @@ def _product(node: fx.Node, scope: _Scope) -> bool:
 def _attention(node: fx.Node, scope: _Scope) -> Iterator[_Hit]:
     if _op(node) == "softmax":
         scores = _find(node.all_input_nodes, _before, lambda n: _product(n, scope))
-        if scores and _find(node.users, _after, lambda n: _product(n, scope)):
-            yield "attention-not-fused", f"{_op(scores)}, {_text(node)}", None
+        result = _find(node.users, _after, lambda n: _product(n, scope))
+        if scores and result:
+            yield "attention-not-fused", f"{_op(scores)}, {_text(node)}, {_op(result)}", None
     elif _op(node) == "scaled_dot_product_attention":
         query, scale = node.args[0], node.kwargs.get("scale")
         if scale is not None and isinstance(query, fx.Node):
@@ -246,7 +247,7 @@ def _mask(node: fx.Node, scope: _Scope) -> Iterator[_Hit]:
     numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, int | float) and math.isfinite(x)]
     lowest = min((-x if _op(node) == "sub" else x for x in numbers), default=0.0)
     floats = any(value.is_floating_point() for value in _tensors(node))
-    if floats and not _is_view(node) and lowest <= _MINUS_INF:
+    if floats and not _is_view(node) and lowest < _LOWEST:
         yield "mask-overflow", f"{_op(node)} {lowest:g}", None
 
 
@@ -319,7 +320,7 @@ def _buffers(entry: Entry, states: dict[fx.Node, str]) -> Iterator[tuple[str, _H
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
             continue
         lowest = torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0).min().item()
-        if lowest <= _MINUS_INF and node.users and node not in states:
+        if lowest < _LOWEST and node.users and node not in states:
             module = buffer.rpartition(".")[0] if buffer else path_of(next(iter(node.users)))
             name = buffer.rpartition(".")[2] if buffer else "constant"
             yield module, ("mask-overflow", f"{name} {tuple(value.shape)}, lowest {lowest:g}", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ with quiet():
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import types
 
+# Each conversion ends in a full garbage collection, which spends its time on what is imported by now.
+gc.freeze()
 TARGETS = {15: ct.target.iOS15, 16: ct.target.iOS16, 17: ct.target.iOS17, 18: ct.target.iOS18}
 _DTYPES = {
     "float32": types.fp32,

@@ -65,9 +65,7 @@ def lowered(
     return Lowered(artifact, {name: value.numpy() for name, value in inputs.items()}, reference)
 
 
-def converted_without(
-    mend: str, model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path, **plan: Any
-) -> None:
+def converted_without(mend: str, model: nn.Module, inputs: Mapping[str, torch.Tensor], path: Path, **plan: Any) -> None:
     """Convert as ``lower`` does, leaving one mend out, and save the package at ``path``."""
     asked = plan_of(**plan)
     entry = captured(model, inputs).entries["main"]

@@ -94,3 +94,30 @@ def test_two_states_do_not_mix(tmp_path: Path) -> None:
         made = function.run({"x": x}, state)
         a, b = b + x, a
         agree([made["one"], made["two"]], [a, b], "float16", 4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_loop_writes_a_state_each_time(count: int, tmp_path: Path) -> None:
+    def body(x: Any, limit: Any, total: Any) -> Any:
+        def turn(i: Any, seen: Any) -> Any:
+            new = mb.coreml_update_state(state=total, value=mb.add(x=mb.read_state(input=total), y=x))
+            return mb.add(x=i, y=np.int32(1)), mb.add(x=seen, y=new)
+
+        _, seen = mb.while_loop(
+            _cond=lambda i, seen: mb.squeeze(x=mb.less(x=i, y=limit), axes=[0]),
+            _body=turn,
+            loop_vars=(np.array([0], np.int32), x),
+        )
+        return mb.identity(x=seen, name="seen"), mb.read_state(input=total, name="now")
+
+    path = tmp_path / "loop.mlpackage"
+    specs = [mb.TensorSpec(SHAPE, types.fp16), mb.TensorSpec((1,), types.int32)]
+    package(path, [*specs, mb.StateTensorSpec(SHAPE, dtype=types.fp16)], body)
+    function = Function(open_package(path))
+    state, x, total = function.make_state(), numbers(1, SHAPE, "float16"), np.zeros(SHAPE)
+    for _ in range(2):
+        made, seen = function.run({"x": x, "limit": np.array([count], np.int32)}, state), x.astype(np.float64)
+        for _ in range(count):
+            total = total + x
+            seen = seen + total
+        agree([made["seen"], made["now"]], [seen, total], "float16", 8)
