@@ -14,6 +14,7 @@ from edgeattn.core import schema
 from edgeattn.core.errors import UsageError
 from edgeattn.device import Device
 
+PHONE = 'name = "p"\ndescription = "a phone"\nkind = "phone"\nmachine = "arm64"\ntargets = ["coreml"]\n'
 GOOD = 'name = "d"\ndescription = "a device"\nkind = "board"\nmachine = "aarch64"\ntargets = ["onnx"]\n'
 BOARD = {"description": "mine", "kind": "board", "machine": "any", "targets": ["tflite", "onnx"]}
 
@@ -52,6 +53,13 @@ def test_a_file(tmp_path: Path) -> None:
         (GOOD + 'emulate = "cortex-a55"', "emulate: given 'cortex-a55';"),
         (GOOD + '[runtimes]\ntflite = "ai-edge-litert"', "tflite is not among the targets, onnx"),
         (GOOD + 'base = ["host"]', "base: given ['host'];"),
+        (GOOD.replace("aarch64", "arm64") + "os_bits = 32", "os_bits: given 32; programs for arm64 are 64-bit ones"),
+        (GOOD + 'deployment_target = "iOS18"', "is of target coreml, which is not among the targets, onnx"),
+        (GOOD + "int8_activations = false", "is of target coreml, which is not among the targets, onnx"),
+        (PHONE + 'deployment_target = "iOS14"', "deployment_target: given 'iOS14';"),
+        (PHONE + 'deployment_target = "macOS15"', "deployment_target: given 'macOS15'; a phone does not run it"),
+        (PHONE.replace("phone", "laptop") + 'deployment_target = "iOS18"', "given 'iOS18'; a laptop does not run it"),
+        (PHONE + 'int8_activations = "yes"', "int8_activations: given 'yes';"),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path: Path, text: str, word: str) -> None:
@@ -100,6 +108,14 @@ def test_an_address_that_cannot_be_used_is_refused_and_not_repeated(tmp_path: Pa
     assert word in str(caught.value.why)
     assert caught.value.where == f"{tmp_path / 'd.toml'}, connect"
     assert "s3c" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "system"), [("phone", "iOS15"), ("tablet", "iOS26"), ("laptop", "macOS12")])
+def test_a_system_that_packages_are_made_for(tmp_path: Path, kind: str, system: str) -> None:
+    text = PHONE.replace('"phone"', f'"{kind}"')
+    found = load(tmp_path, text + f'deployment_target = "{system}"\nint8_activations = true\nchip = "Apple A17 Pro"\n')
+    assert (found.deployment_target, found.int8_activations, found.chip) == (system, True, "Apple A17 Pro")
+    assert load(tmp_path, text).int8_activations is load(tmp_path, text).deployment_target is None
 
 
 def test_an_unknown_name_gives_the_closest() -> None:
@@ -158,6 +174,7 @@ def test_a_name_is_never_inherited(own: Path) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 SMALL = st.floats(min_value=1e-9, max_value=1e20)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "chip": TEXT,
     "cpu": TEXT,
     "cores": st.integers(1, 10**6),
     "clock_ghz": SMALL,

@@ -12,14 +12,27 @@ from edgeattn.core.errors import UsageError
 from edgeattn.pipeline.export import make_job
 
 SHIPPED = sorted(path.stem for path in schema.folders("devices")[-1].glob("*.toml"))
-BOARDS = [name for name in SHIPPED if name != "host"]
-#: What a board's file says of the hardware; each needs a source that names it.
-FIGURES = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions")
+BOARDS = [name for name in SHIPPED if name.startswith("raspberry-pi-")]
+#: Chip, and whether its Neural Engine is faster with int8 activations.
+APPLE = {
+    "iphone-12-pro": ("Apple A14 Bionic", False),
+    "iphone-13": ("Apple A15 Bionic", False),
+    "iphone-15-pro": ("Apple A17 Pro", True),
+    "iphone-16-pro": ("Apple A18 Pro", True),
+    "ipad-m4": ("Apple M4", True),
+    "macbook-m1": ("Apple M1", False),
+    "macbook-m3": ("Apple M3", False),
+}
+#: What a file says of the hardware; each needs a source that names it.
+FIGURES = ("chip", "cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions")
+#: And of the system.
+SYSTEM = ("deployment_target", "int8_activations")
 
 
-def test_the_boards_of_the_raspberry_pi_are_there() -> None:
+def test_the_boards_of_the_raspberry_pi_and_the_devices_of_apple_are_there() -> None:
     models = [f"raspberry-pi-{model}" for model in ("zero-2w", "3b", "4", "5")]
-    assert {*models, *(f"{model}-32bit" for model in models), "host"} == set(SHIPPED)
+    assert {*models, *(f"{model}-32bit" for model in models)} == set(BOARDS)
+    assert {*BOARDS, *APPLE, "host"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -27,19 +40,23 @@ def test_a_file_is_valid_under_its_name(name: str) -> None:
     assert device.resolve(name).name == name
 
 
-@pytest.mark.parametrize("name", BOARDS)
+@pytest.mark.parametrize("name", [*BOARDS, *APPLE])
 def test_every_figure_has_a_source(name: str) -> None:
     found = device.resolve(name)
     named: set[str] = set()
     for source in found.sources:
-        match = re.fullmatch(r"(?P<figures>[a-z_, ]+?)(?P<when> under a 32-bit system)?: https://\S+: .+", source)
+        match = re.fullmatch(r"(?P<figures>[a-z0-9_, ]+?)(?P<when> under a 32-bit system)?: https://\S+: .+", source)
         assert match, source
         named |= {figure + (match["when"] or "") for figure in match["figures"].split(", ")}
     under = " under a 32-bit system" if found.os_bits == 32 else ""
     stated = {figure for figure in FIGURES if getattr(found, figure)}
+    stated |= {figure for figure in SYSTEM if getattr(found, figure) is not None}
     wanted = {figure + (under if figure == "extensions" else "") for figure in stated}
-    assert wanted <= named
-    assert {"cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s"} <= stated
+    assert wanted <= named <= wanted | {"extensions"}, "a source for each figure, a figure for each source"
+    least = (
+        {"chip", "cores", "memory_gb", *SYSTEM} if name in APPLE else {"cpu", "cores", "clock_ghz", "bandwidth_gb_s"}
+    )
+    assert least | {"memory_gb"} <= stated
 
 
 @pytest.mark.parametrize("name", [name for name in BOARDS if not name.endswith("-32bit")])
@@ -66,6 +83,17 @@ def test_a_32_bit_system_has_tflite_runtime_and_nothing_else(name: str) -> None:
     assert found.emulate == ""
     same = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "bandwidth_kind")
     assert [getattr(found, key) for key in same] == [getattr(board, key) for key in same]
+
+
+@pytest.mark.parametrize("name", APPLE)
+def test_an_apple_device_runs_core_ml_alone(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.machine, found.os_bits, found.targets) == ("arm64", 64, ("coreml",))
+    assert found.runtimes == {"coreml": "coremltools"}
+    assert (found.chip, found.int8_activations) == APPLE[name]
+    assert found.kind == {"iphone": "phone", "ipad": "tablet", "macbook": "laptop"}[name.partition("-")[0]]
+    assert found.deployment_target == ("macOS15" if found.kind == "laptop" else "iOS18")
+    assert make_job("fmvit-digits", device=name, check_tools=False).target == "coreml"
 
 
 @pytest.mark.parametrize("target", ["onnx", "rpi"])

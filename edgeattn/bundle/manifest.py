@@ -22,7 +22,7 @@ class TensorInfo(_Part):
     """An input or output of an entry; shape and dtype are the artifact's own.
 
     Attributes:
-        layout: "NHWC" where the artifact takes an image with its channels last; else "".
+        layout: how its channels differ from the model's input of that name, see ``targets.base.Tensor``; else "".
         pixels: factor and offset of each channel where it takes raw pixels, see ``targets.base.Tensor``.
     """
 

@@ -27,14 +27,17 @@ from importlib import metadata
 from typing import Any, Callable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgeattn")
 SCHEMA_VERSION = 3
 
 #: Modules of the runtimes that can run an artifact, the one that is preferred first.
 MODULES = {
     "onnx": {"onnxruntime": "onnxruntime"},
     "tflite": {"ai-edge-litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"},
+    **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
-Run = Callable[["dict[str, Any]"], "dict[str, Any]"]
+Data = dict[str, Any]
+Run = Callable[[Data], Data]
 
 
 class Problem(Exception):
@@ -53,7 +56,7 @@ def place(name: str) -> str:
     return path
 
 
-def check_files(manifest: dict[str, Any]) -> None:
+def check_files(manifest: Data) -> None:
     """The manifest is as it was sealed; every file is there and has the bytes that were proven."""
     again = "copy the bundle again"
     with open(os.path.join(HERE, "manifest.json"), "rb") as handle:
@@ -75,12 +78,12 @@ def check_files(manifest: dict[str, Any]) -> None:
             raise Problem(1, f"{name} was changed: its SHA-256 does not fit the manifest", again)
 
 
-def parts_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The artifacts, the one in front first."""
-    return [manifest, *manifest["alternatives"]]
+def parts_of(manifest: Data) -> list[Data]:
+    """The artifacts, the one in front first; each with all that is known of the bundle."""
+    return [manifest, *({**manifest, **other} for other in manifest["alternatives"])]
 
 
-def part_of(manifest: dict[str, Any], backend: str | None) -> dict[str, Any]:
+def part_of(manifest: Data, backend: str | None) -> Data:
     """The artifact of a backend; without one the first whose runtime is installed."""
     parts = parts_of(manifest)
     if backend is None:
@@ -91,24 +94,43 @@ def part_of(manifest: dict[str, Any], backend: str | None) -> dict[str, Any]:
     raise Problem(2, f"no backend {backend!r}; there are {', '.join(p['backend'] for p in parts)}")
 
 
-def runtime_name(part: dict[str, Any]) -> str:
+def runtime_name(part: Data) -> str:
     """The distribution that would run the artifact here; "" if none is installed."""
     known = MODULES.get(part["backend"], {})
     return next((name for name, module in known.items() if importlib.util.find_spec(module)), "")
 
 
-def install_line(part: dict[str, Any]) -> str:
+def lacking(parts: list[Data]) -> Problem:
+    """Why none of these artifacts can run here."""
+    if [part["backend"] for part in parts] == ["coreml"] and sys.platform != "darwin":
+        why = f"Core ML runs on macOS only; this system is {platform.system()}"
+        return Problem(3, why, "edgeattn verify BUNDLE checks graph and weights on any system, by an interpreter")
+    why = f"no runtime for {', '.join(part['backend'] for part in parts)} is installed"
+    return Problem(3, why, install_line(parts[0]))
+
+
+def core_ml() -> Any:
+    """The part of this runner that is for Core ML: a module of its own, which uses this one as ``run``."""
+    sys.dont_write_bytecode = True  # the bundle stays as it is
+    sys.modules["run"] = sys.modules[__name__]
+    sys.path.insert(0, HERE)
+    return importlib.import_module("run_coreml")
+
+
+def install_line(part: Data) -> str:
     """What brings the runtime to this machine."""
     # A 32-bit system may run under a 64-bit kernel.
-    small = platform.machine().startswith("arm") or (platform.machine() == "aarch64" and sys.maxsize < 2**32)
+    small = platform.machine().startswith("armv") or (platform.machine() == "aarch64" and sys.maxsize < 2**32)
     if part["backend"] == "tflite" and (small or part["requirement"] == "tflite-runtime"):
         return "python3 -m pip install 'numpy<2' tflite-runtime"
     return f"python3 -m pip install numpy {part['requirement']}"
 
 
-def open_entry(part: dict[str, Any], entry: str, threads: int) -> tuple[Run, str]:
+def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
     """A function from inputs to outputs by name, ready to run, and the runtime's name and version."""
     name, spec = runtime_name(part), part["entries"][entry]
+    if name == "coremltools":
+        return core_ml().open_entry(part, entry)  # type: ignore[no-any-return]
     names = [output["name"] for output in spec["outputs"]]
     try:
         import numpy  # noqa: F401
@@ -130,14 +152,14 @@ def open_entry(part: dict[str, Any], entry: str, threads: int) -> tuple[Run, str
     interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner(entry)
 
-    def run(feeds: dict[str, Any]) -> dict[str, Any]:
+    def run(feeds: Data) -> Data:
         outputs = runner(**feeds)
         return {name: outputs[name] for name in names}
 
     return run, f"{name} {metadata.version(name)}"
 
 
-def fitted(part: dict[str, Any], entry: str, feeds: dict[str, Any]) -> dict[str, Any]:
+def fitted(part: Data, entry: str, feeds: Data) -> Data:
     """Feeds with integers as wide as the artifact takes them."""
     import numpy as np
 
@@ -163,34 +185,43 @@ def relative_l2(reference: Any, value: Any) -> float:
     return error / norm if norm else (0.0 if error == 0 else float("inf"))
 
 
-def golden_samples(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """(file, entry) of every golden sample."""
+def golden_samples(manifest: Data, only: str = "") -> list[tuple[str, str]]:
+    """(file, entry) of every golden sample; with ``only`` those of one entry, which must have some."""
     names = sorted(name for name in manifest["files"] if name.startswith("golden/"))
-    return [(name, name.split("/")[1].split("-")[0]) for name in names]
+    samples = [(name, name.split("/")[1].split("-")[0]) for name in names]
+    if only and only not in {entry for _, entry in samples}:
+        raise Problem(2, f"no entry {only!r} with a golden sample; there are {', '.join(manifest['entries'])}")
+    return [(name, entry) for name, entry in samples if only in ("", entry)]
 
 
-def compare_golden(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Re-run the golden inputs of one artifact in this process."""
+def golden_data(name: str) -> tuple[Data, Data]:
+    """Inputs and reference outputs of a golden sample."""
     import numpy as np
 
+    with np.load(place(name), allow_pickle=False) as data:
+        feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
+        return feeds, {key[4:]: data[key] for key in data.files if key.startswith("out.")}
+
+
+def compare_golden(manifest: Data, part: Data, opener: Callable[[str], tuple[Run, str]], only: str = "") -> Data:
+    """Re-run the golden inputs of one artifact in this process, with what ``opener`` gives for an entry."""
     worst, where, runtime = 0.0, "", ""
-    samples = golden_samples(manifest)
+    samples = golden_samples(manifest, only)
     opened: dict[str, tuple[Run, str]] = {}
     for name, entry in samples:
-        with np.load(place(name), allow_pickle=False) as data:
-            feeds = {key[3:]: data[key] for key in data.files if key.startswith("in.")}
-            try:
-                run, runtime = opened[entry] = opened.get(entry) or open_entry(part, entry, threads)
-                outputs = run(fitted(part, entry, feeds))
-            except Problem:
-                raise
-            except Exception as error:  # every runtime has its own kinds
-                said = f"{runtime_name(part)} cannot run {part['backend']}: {error}"
-                raise Problem(1, said, advice(part)) from error
-            for key in (key for key in data.files if key.startswith("out.")):
-                distance = relative_l2(data[key], outputs[key[4:]])
-                if distance > worst or not where:
-                    worst, where = distance, f"{key[4:]} of {name}"
+        feeds, wanted = golden_data(name)
+        try:
+            run, runtime = opened[entry] = opened.get(entry) or opener(entry)
+            outputs = run(fitted(part, entry, feeds))
+        except Problem:
+            raise
+        except Exception as error:  # every runtime has its own kinds
+            said = f"{runtime_name(part)} cannot run {part['backend']}: {error}"
+            raise Problem(1, said, advice(part)) from error
+        for key, value in wanted.items():
+            distance = relative_l2(value, outputs[key])
+            if distance > worst or not where:
+                worst, where = distance, f"{key} of {name}"
     return {
         "backend": part["backend"],
         "runtime": runtime,
@@ -202,54 +233,52 @@ def compare_golden(manifest: dict[str, Any], part: dict[str, Any], threads: int)
     }
 
 
-def golden_apart(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> dict[str, Any]:
+def golden_apart(manifest: Data, part: Data, threads: int, here: bool = False) -> Data:
     """The same in a process of its own: a runtime that cannot run the artifact may crash instead of saying so."""
-    if os.environ.get("EDGEATTN_IN_PROCESS"):  # under an emulator, which no child would run in
-        return compare_golden(manifest, part, threads)
-    words = [
-        sys.executable,
-        os.path.abspath(__file__),
-        "--golden",
-        part["backend"],
-        "--threads",
-        str(threads),
-        "--json",
-    ]
-    done = subprocess.run(words, capture_output=True, check=False)
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise Problem(
-            1, f"{runtime_name(part)} crashed on the golden inputs of {part['backend']} ({name})", advice(part)
-        )
+    if here or os.environ.get("EDGEATTN_IN_PROCESS"):  # under an emulator, which no child would run in
+        return compare_golden(manifest, part, lambda entry: open_entry(part, entry, threads))
+    words = ["--golden", part["backend"], "--threads", str(threads)]
+    return apart(words, f"{runtime_name(part)} on the golden inputs of {part['backend']}", advice(part))
+
+
+def apart(words: list[str], what: str, fix: str, seconds: float | None = None) -> Data:
+    """What this program says to ``words`` in a process of its own; Problem where that gives no result."""
+    command = [sys.executable, os.path.abspath(__file__), *words, "--json"]
     try:
-        result: dict[str, Any] = json.loads(done.stdout)
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise Problem(1, f"{what}: it does not end in {seconds:.0f} s", fix) from None
+    if done.returncode < 0:
+        raise Problem(1, f"{what}: it crashed ({signal.Signals(-done.returncode).name})", fix)
+    try:
+        result: Data = json.loads(done.stdout)
     except ValueError:
         tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise Problem(1, f"the check of {part['backend']} gave no result: {' '.join(tail)}") from None
+        raise Problem(1, f"{what}: it gave no result: {' '.join(tail)}") from None
     if "error" in result:
         raise Problem(result["exit_code"], result["error"], result.get("fix", ""))
     return result
 
 
-def advice(part: dict[str, Any]) -> str:
+def advice(part: Data) -> str:
     """Which runtime to use instead."""
     proven = ", ".join(f"{r['name']} {r['version']} ({r['machine']})" for r in part["runtimes"])
     return f"use the runtime that the numbers were proven with: {proven}; or export for this one (--device)"
 
 
-def verify(manifest: dict[str, Any], backend: str | None, threads: int) -> dict[str, Any]:
-    """Re-hash all files and re-run the golden inputs of every artifact whose runtime is here."""
-    check_files(manifest)
+def verify(manifest: Data, backend: str | None, threads: int) -> Data:
+    """Re-run the golden inputs of every artifact whose runtime is here."""
     wanted = [part_of(manifest, backend)] if backend else parts_of(manifest)
-    results = [
-        golden_apart(manifest, part, threads)
-        if runtime_name(part)
-        else {"backend": part["backend"], "missing": part["requirement"], "fix": install_line(part)}
-        for part in wanted
-    ]
-    ran = [result for result in results if "missing" not in result]
-    if not ran:
-        raise Problem(3, f"no runtime for {', '.join(p['backend'] for p in wanted)} is installed", results[0]["fix"])
+    results: list[Data] = []
+    for part in wanted:
+        if not runtime_name(part):
+            results.append({"backend": part["backend"], "missing": part["requirement"], "fix": lacking([part]).fix})
+        else:
+            results += (
+                core_ml().verify(part) if part["backend"] == "coreml" else [golden_apart(manifest, part, threads)]
+            )
+    if not (ran := [result for result in results if "missing" not in result]):
+        raise lacking(wanted)
     worst = [result["worst_relative_l2"] for result in ran]
     return {
         "runtime": ran[0]["runtime"],
@@ -261,23 +290,13 @@ def verify(manifest: dict[str, Any], backend: str | None, threads: int) -> dict[
     }
 
 
-def check_first_use(manifest: dict[str, Any], part: dict[str, Any], threads: int) -> None:
+def check_first_use(manifest: Data, part: Data, threads: int) -> None:
     """Compare the golden outputs if this machine and runtime were not found to hold before."""
-    check_files(manifest)
-    name = runtime_name(part)
-    if not name:
-        raise Problem(3, f"no runtime for {part['backend']} is installed", install_line(part))
-    about = [
-        manifest["digest"],
-        part["backend"],
-        name,
-        metadata.version(name),
-        sys.version,
-        platform.machine(),
-        cpu_model(),
-    ]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    mark = os.path.join(cache, "edgeattn", "proven", hashlib.sha256(json.dumps(about).encode()).hexdigest())
+    if not runtime_name(part):
+        raise lacking([part])
+    name, system = runtime_name(part), [sys.version, platform.mac_ver()[0], platform.machine(), cpu_model()]
+    about = [manifest["digest"], part["backend"], name, metadata.version(name), *system]
+    mark = os.path.join(CACHE, "proven", hashlib.sha256(json.dumps(about).encode()).hexdigest())
     if os.path.exists(mark):
         return
     result = golden_apart(manifest, part, threads)
@@ -306,6 +325,8 @@ def _read(path: str) -> str:
 
 def cpu_model() -> str:
     """As the system names it."""
+    if sys.platform == "darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"]).decode().strip()
     model = _read("/proc/device-tree/model").strip("\0")
     for line in _read("/proc/cpuinfo").splitlines():
         if line.lower().startswith("model name"):
@@ -317,7 +338,7 @@ def cpu_model() -> str:
 THROTTLED = {0: "under-voltage", 1: "ARM frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
 
-def machine_state() -> dict[str, Any]:
+def machine_state() -> Data:
     """Temperature, clock and throttling, where the system has them."""
     zones = [_read(f"/sys/class/thermal/thermal_zone{i}/temp") for i in range(16)]
     degrees = [int(zone) / 1000 for zone in zones if zone.lstrip("-").isdigit()]
@@ -337,40 +358,16 @@ def machine_state() -> dict[str, Any]:
     }
 
 
-def profile(
-    manifest: dict[str, Any], part: dict[str, Any], options: argparse.Namespace, threads: int
-) -> dict[str, Any]:
+def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: int) -> Data:
     """Time the entry on its first golden input, which must come out right."""
-    import numpy as np
-
+    if part["backend"] == "coreml":
+        return core_ml().profile(manifest, part, options)  # type: ignore[no-any-return]
     check_first_use(manifest, part, threads)
-    before = machine_state()
-    entry = options.entry
-    name = next((name for name, of in golden_samples(manifest) if of == entry), None)
-    if name is None:
-        raise Problem(2, f"no entry {entry!r} with a golden sample; there are {', '.join(part['entries'])}")
-    with np.load(place(name), allow_pickle=False) as data:
-        feeds = fitted(part, entry, {key[3:]: data[key] for key in data.files if key.startswith("in.")})
+    before, entry = machine_state(), options.entry
+    feeds = fitted(part, entry, golden_data(golden_samples(manifest, entry)[0][0])[0])
     start = time.perf_counter()
     run, runtime = open_entry(part, entry, threads)
     load_ms = (time.perf_counter() - start) * 1e3
-
-    def timed() -> float:
-        begun = time.perf_counter()
-        run(feeds)
-        return (time.perf_counter() - begun) * 1e3
-
-    first_ms = timed()
-
-    warm: list[float] = []
-    begun = time.perf_counter()
-    while len(warm) < options.warmup if options.warmup is not None else not _stable(warm, time.perf_counter() - begun):
-        warm.append(timed())
-    times: list[float] = []
-    begun = time.perf_counter()
-    while not _enough(times, time.perf_counter() - begun, options.runs):
-        times.append(timed())
-    percentiles = dict(zip(("p50", "p90", "p95", "p99"), np.percentile(times, (50, 90, 95, 99))))  # noqa: B905
     return {
         "backend": part["backend"],
         "runtime": runtime,
@@ -378,26 +375,49 @@ def profile(
         "unit": "ms",
         "timed": "one run, from inputs in host memory to outputs in host memory",
         "load_ms": load_ms,
-        "first_ms": first_ms,
-        "warmup": len(warm),
-        "runs": len(times),
-        "mean": float(np.mean(times)),
-        "std": float(np.std(times)),
-        "min": min(times),
-        **{key: float(value) for key, value in percentiles.items()},
-        "latencies": times,
-        "peak_rss_mb": peak_rss_mb(),
+        **timings(run, feeds, options.runs, options.warmup),
         "before": before,
         "after": machine_state(),
         "holds": True,
     }
 
 
-def _enough(times: list[float], seconds: float, runs: int | None) -> bool:
-    """As many as were asked for; else at least 30 and for 2 s, but 1000 at most, and 30 s at most."""
+def timings(run: Run, feeds: Data, runs: int | None, warmup: int | None, least: int = 5) -> Data:
+    """Latencies in ms: the first, and others after a warm-up; and the memory that this process came to take."""
+    import numpy as np
+
+    def timed() -> float:
+        begun = time.perf_counter()
+        run(feeds)
+        return (time.perf_counter() - begun) * 1e3
+
+    first_ms = timed()
+    warm: list[float] = []
+    begun = time.perf_counter()
+    while len(warm) < warmup if warmup is not None else not _stable(warm, time.perf_counter() - begun):
+        warm.append(timed())
+    times: list[float] = []
+    begun = time.perf_counter()
+    while not _enough(len(times), time.perf_counter() - begun, runs, least):
+        times.append(timed())
+    return {
+        "first_ms": first_ms,
+        "warmup": len(warm),
+        "runs": len(times),
+        "mean": float(np.mean(times)),
+        "std": float(np.std(times)),
+        "min": min(times),
+        **{f"p{percent}": float(np.percentile(times, percent)) for percent in (50, 90, 95, 99)},
+        "latencies": times,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _enough(count: int, seconds: float, runs: int | None, least: int) -> bool:
+    """As many as were asked for; else at least 30 and for 2 s, but 1000 at most, and 30 s once there are ``least``."""
     if runs is not None:
-        return len(times) >= runs
-    return len(times) >= 1000 or (len(times) >= 30 and seconds >= 2) or (len(times) >= 5 and seconds >= 30)
+        return count >= runs
+    return count >= 1000 or (count >= max(30, least) and seconds >= 2) or (count >= least and seconds >= 30)
 
 
 def _stable(times: list[float], seconds: float) -> bool:
@@ -420,9 +440,7 @@ def peak_rss_mb() -> float | None:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def run_inputs(
-    manifest: dict[str, Any], part: dict[str, Any], texts: list[str], entry: str, threads: int
-) -> dict[str, Any]:
+def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads: int) -> Data:
     """Run one entry on .npy files and save what comes out."""
     import numpy as np
 
@@ -445,8 +463,7 @@ def run_inputs(
         if list(given.shape) != list(spec["shape"]) or str(given.dtype) != spec["dtype"]:
             has, needs = f"{given.shape} {given.dtype}", f"{tuple(spec['shape'])} {spec['dtype']}"
             raise Problem(2, f"input {spec['name']} is {has}, wanted is {needs}")
-    unknown = sorted(set(feeds) - {spec["name"] for spec in wanted})
-    if unknown:
+    if unknown := sorted(set(feeds) - {spec["name"] for spec in wanted}):
         raise Problem(2, f"no input named {', '.join(unknown)}")
     check_first_use(manifest, part, threads)
     run, runtime = open_entry(part, entry, threads)
@@ -458,17 +475,17 @@ def run_inputs(
     return {"backend": part["backend"], "runtime": runtime, "threads": threads, "outputs": saved, "holds": True}
 
 
-def show(result: dict[str, Any]) -> str:
+def show(result: Data) -> str:
     """The result for a person."""
     lines = []
     if "outputs" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines += [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
+    elif "compute_units" in result:
+        lines += core_ml().show(result)
     elif "p50" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
-        lines.append(
-            "  ".join(f"{key} {result[key]:.3f}" for key in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms"
-        )
+        lines.append("  ".join(f"{k} {result[k]:.3f}" for k in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms")
         lines.append(f"{result['runs']} runs after {result['warmup']}; {result['timed']}")
         lines += [f"{when}: {_state(result[when])}" for when in ("before", "after") if _state(result[when])]
     else:
@@ -490,7 +507,7 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _state(state: dict[str, Any]) -> str:
+def _state(state: Data) -> str:
     words = [
         "" if state["temperature_c"] is None else f"{state['temperature_c']:.1f} °C",
         "" if state["clock_mhz"] is None else f"{state['clock_mhz']:.0f} MHz",
@@ -507,6 +524,7 @@ def parse() -> argparse.Namespace:
     what.add_argument("--profile", action="store_true", help="measure the latency")
     what.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
     what.add_argument("--golden", help=argparse.SUPPRESS)  # the child of golden_apart
+    what.add_argument("--core-ml", help=argparse.SUPPRESS)  # a child of run_coreml.py
     parser.add_argument("--entry", default="main", help="which graph to run (default: main)")
     parser.add_argument("--backend", help="which artifact, where there are several")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1; with --profile up to 4)")
@@ -521,7 +539,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def work(options: argparse.Namespace) -> dict[str, Any]:
+def work(options: argparse.Namespace) -> Data:
     """What was asked for."""
     try:
         with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as handle:
@@ -535,8 +553,11 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("numpy") is None:
         raise Problem(3, "NumPy is not installed", install_line(manifest))
     threads = options.threads or (min(4, os.cpu_count() or 1) if options.profile else 1)
+    if options.core_ml:
+        return dict(core_ml().child(manifest, **json.loads(options.core_ml)))
     if options.golden:
-        return compare_golden(manifest, part_of(manifest, options.golden), threads)
+        return golden_apart(manifest, part_of(manifest, options.golden), threads, here=True)
+    check_files(manifest)
     about = {"bundle": manifest["name"], "python": sys.version.split()[0], "machine": platform.machine()}
     about["cpu"] = cpu_model()
     if options.input:

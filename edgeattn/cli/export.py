@@ -98,7 +98,7 @@ def _next(bundle: Bundle) -> list[str]:
     requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
     if place is not None and place.connect:
         lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
-    elif requirements:
+    elif requirements and not manifest.unproven:
         lines.append(f"edgeattn profile {path}")
     if place is not None and place.kind != "host" and not place.connect:
         if place.emulate:

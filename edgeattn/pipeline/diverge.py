@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.core.numerics import TOLERANCES, Array, compare
+from edgeattn import targets
+from edgeattn.core.numerics import Array, compare
 from edgeattn.targets.base import own_feeds
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def first_divergence(context: Context, runtime: Runtime, inputs: Sequence[Tensor
     """
     torch_values = module_outputs(context.value("reparameterize"), feeds)
     trace = list(runtime.trace("main", own_feeds(inputs, feeds)))
-    tolerance = TOLERANCES[context.job.precision]
+    tolerance = targets.get(context.job.target).tolerance(context.job.precision)
     for path, reference in torch_values.items():
         inside = [t for t in trace if path and (t.module == path or t.module.startswith(f"{path}."))]
         if not inside:

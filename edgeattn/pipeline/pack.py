@@ -17,7 +17,10 @@ from edgeattn.core import tools
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished
 from edgeattn.pipeline.stages.lower import entries_of
-from edgeattn.targets.base import Tensor, own_feeds
+from edgeattn.targets.base import BGR, NHWC, Tensor, own_feeds
+
+#: What a layout means, for the README.
+_LAYOUTS = {NHWC: ", channels last", BGR: ", blue first"}
 
 
 def _artifact(job: Job, run: Finished) -> dict[str, Any]:
@@ -94,8 +97,7 @@ def _shared(runs: Mapping[str, Finished]) -> set[str]:
 
 def _readme(manifest: Manifest) -> str:
     inputs = [
-        f"- `{t.name}` {tuple(t.shape)} {t.dtype}{', channels last' if t.layout else ''}"
-        f"{', raw pixels' if t.pixels else ''}"
+        f"- `{t.name}` {tuple(t.shape)} {t.dtype}{', raw pixels' if t.pixels else ''}{_LAYOUTS.get(t.layout, '')}"
         for t in manifest.entries["main"].inputs
     ]
     outputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].outputs]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from edgeattn.core.errors import UsageError, unknown
-from edgeattn.core.numerics import Array
+from edgeattn.core.numerics import TOLERANCES, Array
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -40,6 +40,8 @@ class Availability:
 
 #: Layouts of image inputs: channels first as in PyTorch, or last.
 NCHW, NHWC = "nchw", "nhwc"
+#: Layout of a tensor of raw pixels whose first channel is blue.
+BGR = "bgr"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Tensor:
     """Name, static shape and NumPy dtype of an artifact's input or output.
 
     Attributes:
-        layout: ``NHWC`` where an image has its channels last, unlike the model's input of that name; else "".
+        layout: ``nhwc`` where an image has its channels last, unlike the model's input of that name; ``bgr`` where the
+            channels of its pixels are those of a picture turned round; else "".
         pixels: where the artifact takes raw pixels, factor and offset of each channel: the model's input is
             ``factor * pixel + offset``; else empty.
     """
@@ -255,8 +258,14 @@ class Target(ABC):
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: What the numbers were not proven with, where that is not the runtime of the device; a sentence for the user.
     unproven: ClassVar[str] = ""
+    #: Largest relative L2 by precision, where that is not the one of ``core.numerics.TOLERANCES``.
+    tolerances: ClassVar[Mapping[str, float]] = {}
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
+
+    def tolerance(self, precision: str) -> float:
+        """The largest relative L2 between an artifact of that precision and the float32 reference."""
+        return self.tolerances.get(precision, TOLERANCES[precision])
 
     @abstractmethod
     def availability(self) -> Availability:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn import targets
 from edgeattn.core.errors import CheckFailed
-from edgeattn.core.numerics import TOLERANCES, Array, Numerics, compare
+from edgeattn.core.numerics import Array, Numerics, compare
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.diverge import first_divergence, own_rounding
 from edgeattn.pipeline.stages.lower import artifact_of
@@ -84,7 +84,7 @@ def run(context: Context) -> dict[str, Any]:
     target = targets.get(job.target)
     artifact = artifact_of(context.results["lower"], job.precision)
     runtime, inputs = target.open(artifact), artifact.entries["main"].inputs
-    tolerance = TOLERANCES[job.precision]
+    tolerance = target.tolerance(job.precision)
     numerics: dict[str, dict[str, Any]] = {}
     for i, (sample_feeds, reference) in enumerate(context.golden()):
         feeds = own_feeds(inputs, sample_feeds)

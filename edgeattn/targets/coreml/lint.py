@@ -66,7 +66,7 @@ class _Scope:
 
     @staticmethod
     def of(graph: fx.Graph, constants: Iterable[str], widest: int) -> _Scope:
-        """Args: constants: names of placeholders that are no inputs."""
+        """The scope of a graph whose placeholders of the names ``constants`` are no inputs."""
         fixed, live = set(constants), set()
         for node in graph.nodes:
             if node.op == "placeholder":

@@ -14,7 +14,7 @@ from torch import fx
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, UsageError
-from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.base import BGR, Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.coreml.describe import describe
 from edgeattn.targets.coreml.facts import facts_of
 from edgeattn.targets.coreml.images import pixels_of, take_pixels
@@ -186,7 +186,8 @@ def _entry(file: str, prepared: Prepared, plan: LowerPlan) -> ArtifactEntry:
     """Inputs and outputs as the package takes and gives them."""
     inputs = [Tensor(n, tuple(v.shape) or (1,), np.dtype(_dtype(v, plan)).name) for n, v in prepared.inputs.items()]
     if prepared.pixels:
-        inputs[0] = Tensor(inputs[0].name, inputs[0].shape, "uint8", pixels=prepared.pixels)
+        layout = BGR if plan.options["image"] == "bgr" else ""
+        inputs[0] = Tensor(inputs[0].name, inputs[0].shape, "uint8", layout, prepared.pixels)
     outputs = [Tensor(n, tuple(v.shape), np.dtype(_dtype(v, plan)).name) for n, v in prepared.outputs.items()]
     return ArtifactEntry(file, tuple(inputs), tuple(outputs))
 

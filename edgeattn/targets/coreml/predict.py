@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import BGR, Artifact, TraceValue, check_feeds, entry_of
 from edgeattn.targets.quiet import quiet
 
 
@@ -28,7 +28,7 @@ class CoreMLRuntime:
         """
         spec = entry_of(self._artifact, entry)
         check_feeds(spec.inputs, feeds)
-        given = {t.name: _image(feeds[t.name]) if t.pixels else feeds[t.name] for t in spec.inputs}
+        given = {t.name: _image(feeds[t.name], t.layout) if t.pixels else feeds[t.name] for t in spec.inputs}
         try:
             if entry not in self._opened:
                 with quiet():
@@ -45,10 +45,11 @@ class CoreMLRuntime:
         yield from ()
 
 
-def _image(pixels: Array) -> Any:
-    """(1, C, H, W) uint8 as a picture."""
+def _image(pixels: Array, layout: str) -> Any:
+    """(1, C, H, W) uint8 as a picture, which Core ML brings to the model's order of channels."""
     from PIL import Image
 
+    pixels = pixels[:, ::-1] if layout == BGR else pixels
     return Image.fromarray(pixels[0, 0] if pixels.shape[1] == 1 else pixels[0].transpose(1, 2, 0))
 
 

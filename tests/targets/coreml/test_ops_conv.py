@@ -166,11 +166,12 @@ def test_conv_quantized(across: tuple[int, ...]) -> None:
     x, weight = numbers(1, (1, 3, 6, 7)), numbers(2, (4, 3, 3, 2), "uint8")
     scale, offset = np.abs(numbers(3, across)) + np.float32(0.1), numbers(4, across)
     parameters = {"pad_type": "same", "strides": [2, 1]}
-    given = {"quantization_type": "linear", "nbits": 4, "quant_scale": scale, "quant_bias": offset}
+    bias = numbers(5, (4,), "uint8") if across else None
+    given = {"quantization_type": "linear", "nbits": 4, "quant_scale": scale, "quant_bias": offset, "bias": bias}
     found = interpret(lambda x: mb.conv_quantized(x=x, weight=weight, **given, **parameters), {"x": x})
     each = (-1, 1, 1, 1)
     dense = weight.astype(np.float64) * scale.reshape(each) + offset.reshape(each)
-    agree(found, [summed(x, dense, None, parameters)], "float32")
+    agree(found, [summed(x, dense, bias, parameters)], "float32")
 
 
 def test_conv_quantized_with_a_table_is_refused() -> None:

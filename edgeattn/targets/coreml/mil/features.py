@@ -52,7 +52,7 @@ class Feature:
         return f"{shape} {self.dtype}{f' pixels, {self.color}' if self.color else ''}"
 
     def check(self, given: Array) -> Array:
-        """A feed as the function takes it: pixels in the model's order of channels.
+        """A feed as the function takes it; pixels (1, C, H, W) are in the model's own order of channels.
 
         Raises:
             UsageError: another shape or dtype, or NaN in it.
@@ -70,7 +70,7 @@ class Feature:
                 why="every result that depends on them would be NaN",
                 fix="look at where the data comes from",
             )
-        return given[:, ::-1] if self.color == "bgr" else given
+        return given
 
     def from_result(self, value: Any) -> Any:
         """What a function returned, as NumPy's."""

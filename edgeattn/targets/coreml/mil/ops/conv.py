@@ -10,6 +10,13 @@ from edgeattn.targets.coreml.mil.registry import Ints, op
 from edgeattn.targets.coreml.mil.windows import borders, outermost_last
 
 
+def _alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, which share a type, in that of x; the test first, since a needless conversion costs more."""
+    if weight.dtype == x.dtype:
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
 @op("conv")
 def conv(
     x: Tensor,
@@ -28,8 +35,8 @@ def conv(
     none = (0,) * len(ones)
     if before != after:
         x, before = F.pad(x, outermost_last(before, after)), none
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.convolution(x, weight.to(x.dtype), bias, strides, before, dilations, False, none, groups)
+    weight, bias = _alike(x, weight, bias)
+    return torch.convolution(x, weight, bias, strides, before, dilations, False, none, groups)
 
 
 @op("conv_quantized")
@@ -58,6 +65,7 @@ def conv_quantized(
         raise ValueError(f"conv_quantized of quantization_type {quantization_type} with {nbits} bits")
     across = (-1,) + (1,) * (x.dim() - 1)
     dense = weight.to(x.dtype) * quant_scale.reshape(across) + quant_bias.reshape(across)
+    bias = None if bias is None else bias.to(x.dtype)
     return conv(x, dense, bias, strides, pad_type, pad, dilations, groups)
 
 
@@ -120,8 +128,8 @@ def conv_transpose(
     # torch crops both ends alike, and adds zeros at the end; what is left is cut off here.
     alike = tuple(min(begin, max(end, 0)) for _, begin, end in cuts)
     zeros = tuple(max(0, -end) for _, _, end in cuts)
-    bias = None if bias is None else bias.to(x.dtype)
-    made = torch.convolution(x, weight.to(x.dtype), bias, strides, alike, dilations, True, zeros, groups)
+    weight, bias = _alike(x, weight, bias)
+    made = torch.convolution(x, weight, bias, strides, alike, dilations, True, zeros, groups)
     for i, (length, begin, _) in enumerate(cuts):
         if made.shape[2 + i] != length:
             made = made.narrow(2 + i, begin - alike[i], length)

@@ -21,7 +21,9 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` with x [*D, D_in] and weight [D_out, D_in]."""
     x, weight = _alike(x, weight)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 @op("matmul")

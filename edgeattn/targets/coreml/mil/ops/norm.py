@@ -10,7 +10,8 @@ from edgeattn.targets.coreml.mil.registry import Ints, op
 
 
 def _like(x: Tensor, value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(x.dtype)
+    """A parameter in the type of x; the test first, since a needless conversion costs more."""
+    return value if value is None or value.dtype == x.dtype else value.to(x.dtype)
 
 
 @op("batch_norm")
