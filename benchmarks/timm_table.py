@@ -1,6 +1,6 @@
 """Which of 25 timm architectures a target takes: exported by the real pipeline, compared with PyTorch, timed.
 
-python benchmarks/timm_table.py --target tflite [--precision fp32] [--write docs/timm-tflite.md] [NAME ...]
+python benchmarks/timm_table.py -t tflite [-p fp32 ...] [-O NAME=CHOICE ...] [--photographs] [--write FILE] [NAME ...]
 
 Weights are random; every export is a process of its own. A line that fails gives the exporter's own reason.
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,46 @@ ARCHITECTURES = (
 )
 
 
-def export(name: str, target: str, precision: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """What every architecture is exported to: a target, a precision, and one of the target's options or ""."""
+
+    target: str
+    precision: str
+    option: str
+
+    def words(self) -> list[str]:
+        """On the command line."""
+        return ["-t", self.target, "-p", self.precision, *(["-O", self.option] if self.option else [])]
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.precision}{f', {self.option}' if self.option else ''}"
+
+
+def photographs(name: str, folder: Path) -> str:
+    """Write a recipe for an architecture whose golden inputs are scikit-learn's two photographs; its path."""
+    import numpy as np
+    import timm
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    cfg = timm.get_pretrained_cfg(name)
+    channels, height, width = cfg.input_size
+    images = [Image.fromarray(image).resize((width, height)) for image in load_sample_images().images]
+    np.savez(folder / "photographs.npz", x=np.stack([np.asarray(i).transpose(2, 0, 1) for i in images]))
+    (folder / "recipe.toml").write_text(
+        f'name = "{name}"\n[model]\nfactory = "timm:{name}"\n[inputs.x]\nshape = [1, {channels}, {height}, {width}]\n'
+        f"[preprocess]\nscale = {1 / 255}\nmean = {list(cfg.mean)}\nstd = {list(cfg.std)}\n"
+        '[heldout]\nfile = "photographs.npz"\ngolden = 2\n'
+    )
+    return str(folder / "recipe.toml")
+
+
+def export(name: str, variant: Variant, real: bool) -> dict[str, Any]:
     """Export one architecture; its figures, or the reason why not."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            sys.executable,
-            "-m",
-            "edgeattn",
-            "export",
-            f"timm:{name}",
-            "-t",
-            target,
-            "-p",
-            precision,
-            "-o",
-            folder,
-        ]
+        model = photographs(name, Path(folder)) if real else f"timm:{name}"
+        words = [sys.executable, "-m", "edgeattn", "export", model, "-o", folder, *variant.words()]
         begun = time.perf_counter()
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
@@ -74,29 +99,33 @@ def export(name: str, target: str, precision: str) -> dict[str, Any]:
             why = "; ".join(" ".join(line.split()) for line in told)[:400]
             return {"name": name, "code": done.returncode, "why": why, "seconds": seconds}
         manifest = json.loads(manifests[0].read_text())
-        size = sum(i["size"] for n, i in manifest["files"].items() if n == manifest["entries"]["main"]["file"])
+        file = manifest["entries"]["main"]["file"]
+        size = sum(i["size"] for n, i in manifest["files"].items() if n == file or n.startswith(f"{file}/"))
     samples = [s for key, s in manifest["numerics"].items() if key != "reference"]
     facts = manifest["facts"]["entries"]["main"]
+    transposes = facts["nodes"].get("Transpose", 0) + facts["nodes"].get("transpose", 0)
     return {
         "name": name,
         "code": 0,
         "relative_l2": max(n["relative_l2"] for sample in samples for n in sample.values()),
         "nodes": sum(facts["nodes"].values()),
-        "transposes": len(facts["transposes"]) if "transposes" in facts else facts["nodes"].get("Transpose", 0),
+        "transposes": len(facts["transposes"]) if "transposes" in facts else transposes,
         "mb": size / 1e6,
         "seconds": seconds,
-        "lint": sorted({f["rule"] for f in manifest["lint"]}),
+        "lint": sorted({f["rule"] for f in manifest["lint"] if f["severity"] != "note"}),
     }
 
 
-def table(rows: list[dict[str, Any]], target: str, precision: str) -> str:
-    """The rows in Markdown."""
+def table(rows: list[dict[str, Any]], variant: Variant, real: bool) -> str:
+    """The rows of one variant in Markdown."""
     held = sum(row["code"] == 0 for row in rows)
+    golden = "scikit-learn's two photographs" if real else "random inputs"
     lines = [
-        f"# timm architectures on target {target}, {precision}",
+        f"## {variant}",
         "",
-        f"{held} of {len(rows)} hold. Random weights; relative L2 against the model as timm builds it, in float32.",
-        f"Made by `python benchmarks/timm_table.py --target {target} --precision {precision}`.",
+        f"{held} of {len(rows)} hold. Random weights, {golden}; relative L2 against the model as timm builds it, in "
+        "float32.",
+        f"Made by `python benchmarks/timm_table.py {' '.join(variant.words())}{' --photographs' * real}`.",
         "",
         "| architecture | relative L2 | nodes | transposes | MB | seconds | lint, or why not |",
         "|---|---|---|---|---|---|---|",
@@ -115,17 +144,22 @@ def main() -> None:
     """Export all, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--target", default="tflite")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--target", "-t", default="tflite")
+    parser.add_argument("--precision", "-p", nargs="+", default=["fp32"])
+    parser.add_argument("--option", "-O", nargs="+", default=[""], help="of the target; each in a table of its own")
+    parser.add_argument("--photographs", action="store_true", help="real images as inputs")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    rows = []
+    variants = [Variant(options.target, p, o) for o in options.option for p in options.precision]
+    rows: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for name in options.names:
-        rows.append(export(name, options.target, options.precision))
-        print(json.dumps(rows[-1]), flush=True)
+        for variant in variants:
+            rows[variant].append(export(name, variant, options.photographs))
+            print(variant, json.dumps(rows[variant][-1]), flush=True)
+        page = [f"# timm architectures on target {options.target}", ""]
+        page += [table(rows[variant], variant, options.photographs) for variant in variants]
         if options.write:
-            options.write.write_text(table(rows, options.target, options.precision))
-    print(table(rows, options.target, options.precision))
+            options.write.write_text("\n".join(page))
 
 
 if __name__ == "__main__":

@@ -88,10 +88,10 @@ class Preprocess(schema.Strict):
 
 
 class Heldout(schema.Strict):
-    """Labelled samples that the model has not seen in training; every export is scored on them.
+    """Samples that the model has not seen in training; every export is scored on them where they have labels.
 
     Attributes:
-        file: .npz relative to the recipe, with ``x`` (N, ...) raw values and ``y`` (N,) class numbers.
+        file: .npz relative to the recipe, with ``x`` (N, ...) raw values and, to be scored, ``y`` (N,) class numbers.
         golden: how many of the samples become golden inputs of a bundle.
     """
 
@@ -100,7 +100,11 @@ class Heldout(schema.Strict):
 
 
 class Recipe(schema.Strict):
-    """A model, its inputs and outputs, and what its exports are scored on."""
+    """A model, its inputs and outputs, and what its exports are scored on.
+
+    Attributes:
+        labels: names of the classes, in the order of the first output's columns. author: for the artifact's metadata.
+    """
 
     name: str
     description: str = ""

@@ -20,6 +20,8 @@ from edgeattn.core.numerics import Array, Numerics, compare
 from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor, own_widths
 
 RUNNER = Path(__file__).with_name("runner.py")
+#: What the runner needs beside it for artifacts of a backend, by name in the bundle.
+RUNNER_PARTS = {"coreml": {"run_coreml.py": RUNNER.with_name("runner_coreml.py")}}
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,9 @@ def write_bundle(
         shutil.copytree(golden, folder / "golden")
         if any(info.requirement for info in manifest.artifacts):
             shutil.copyfile(RUNNER, folder / "run.py")
+            for info in manifest.artifacts:
+                for name, source in RUNNER_PARTS.get(info.backend, {}).items():
+                    shutil.copyfile(source, folder / name)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         files: dict[str, Any] = {
             path.relative_to(folder).as_posix(): FileInfo(sha256=sha256_file(path), size=path.stat().st_size)

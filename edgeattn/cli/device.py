@@ -80,7 +80,7 @@ def check(name: str, as_json: bool) -> None:
             if one.fix:  # outside of the table, where a line can be copied whole
                 out.print(f"\nto get {one.name} there:\n  {escape(one.fix)}", soft_wrap=True)
     has = {one.name for one in found if one.present}
-    runtimes = {"onnxruntime", "ai-edge-litert", "tflite-runtime"}
+    runtimes = {"onnxruntime", "ai-edge-litert", "tflite-runtime", "coremltools"}
     lacking = [one for one in found if not one.present and one.name in ("python", "numpy")]
     if not has & runtimes:
         lacking += [one for one in found if one.name in runtimes]

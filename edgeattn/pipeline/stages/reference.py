@@ -24,8 +24,8 @@ RANDOM_SAMPLES = 2
 FAST_BATCH = 64
 
 
-def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Preprocessed inputs (N, ...) as float32, and labels (N,).
+def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """Preprocessed inputs (N, ...) as float32, and labels (N,) where the file has them.
 
     Raises:
         UsageError: the file is not a .npz with numbers x and class numbers y, or they do not fit the input's shape.
@@ -33,26 +33,26 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
     path = Path(str(resolved.heldout))
     try:
         with np.load(path, allow_pickle=False) as data:
-            x, y = data["x"], data["y"]
+            x, y = data["x"], data["y"] if "y" in data.files else None
     except Exception as error:  # whatever a damaged archive makes NumPy raise
         raise UsageError(
             "the held-out samples cannot be read",
             value=path,
             why=f"{type(error).__name__}: {error}",
-            fix="a .npz file with x (N, ...) and y (N,)",
+            fix="a .npz file with x (N, ...) and, to be scored, y (N,)",
         ) from error
-    if x.shape[1:] != shape[1:] or y.shape != x.shape[:1] or not len(x):
+    if x.shape[1:] != shape[1:] or (y is not None and y.shape != x.shape[:1]) or not len(x):
         raise UsageError(
             "the held-out samples do not fit the input",
-            value=f"x {x.shape}, y {y.shape}",
+            value=f"x {x.shape}{'' if y is None else f', y {y.shape}'}",
             where=str(path),
             why=f"the input takes samples of {shape[1:]}",
         )
     real = x.dtype.kind in "fiub" and (x.dtype.kind != "f" or bool(np.isfinite(x).all()))
-    if not real or y.dtype.kind not in "iu" or int(y.min()) < 0:
+    if not real or (y is not None and (y.dtype.kind not in "iu" or int(y.min()) < 0)):
         raise UsageError(
             "the held-out samples are not what they should be",
-            value=f"x {x.dtype}, y {y.dtype}",
+            value=f"x {x.dtype}{'' if y is None else f', y {y.dtype}'}",
             where=str(path),
             why="x must hold finite real numbers, y class numbers from 0",
         )
@@ -182,13 +182,14 @@ def _heldout_logits(built: Built, x: Array, names: tuple[str, ...]) -> Array:
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write golden/main-NNN.npz (in.NAME, out.NAME), and heldout.npz (logits, y) where the recipe has samples."""
+    """Write golden/main-NNN.npz (in.NAME, out.NAME), and heldout.npz (logits, y) where there are labelled samples."""
     built: Built = context.value("build")
     resolved, names = context.job.resolved, context.job.resolved.recipe.outputs
     golden = context.out / "golden"
     golden.mkdir()
     feeds: list[dict[str, Tensor]]
     facts: dict[str, Any] = {"data": "random"}
+    y = None
     if resolved.heldout:
         spec = built.specs[0]
         x, y = heldout_samples(resolved, spec.shape)
@@ -208,7 +209,7 @@ def run(context: Context) -> dict[str, Any]:
         arrays = {f"in.{k}": v.numpy() for k, v in feed.items()} | {f"out.{k}": v.numpy() for k, v in outputs.items()}
         np.savez(golden / f"main-{i:03}.npz", **arrays)  # type: ignore[arg-type]
     facts["outputs"] = list(outputs)
-    if resolved.heldout:
+    if y is not None:
         context.say(f"reference on {len(x)} held-out samples")
         logits = _heldout_logits(built, x, names)
         check_logits(logits, y)

@@ -107,18 +107,19 @@ def runner_of(bundle: Path) -> Path:
     return path
 
 
-def parse_answer(text: str, code: int, errors: str, where: str) -> dict[str, Any]:
+def parse_answer(text: str, code: int, errors: str, where: str, died: str = "") -> dict[str, Any]:
     """The JSON that ``run.py --json`` printed.
 
     Args:
         code: how its process ended; negative for a signal. errors: what it wrote to standard error.
+        died: the signal's name, where it is another system's: the numbers differ.
 
     Raises:
         CheckFailed: it crashed, or printed something else.
     """
     tail = [line for line in errors.splitlines() if line.strip()][-5:]
     if code < 0:
-        name = signal.Signals(-code).name
+        name = died or signal.Signals(-code).name
         raise CheckFailed("the runner crashed", where=where, why=f"its process was ended by {name}", details=tail)
     try:
         answer: dict[str, Any] = json.loads(text)
@@ -140,12 +141,14 @@ def found_of(facts: Mapping[str, Any], python: str = "python3") -> list[Found]:
         )
     ]
     install = f"{python} -m venv --system-site-packages ~/edgeattn && ~/edgeattn/bin/pip install"
-    small = facts["machine"] in ("armv6l", "armv7l")
-    for name in ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime"):
+    mac = facts["system"] == "darwin"
+    none = {"tflite-runtime"} if mac else set()
+    if facts["machine"] in ("armv6l", "armv7l"):
+        none = {"onnxruntime", "ai-edge-litert"}
+    for name in ("numpy", "onnxruntime", "ai-edge-litert", "tflite-runtime", *(["coremltools"] if mac else [])):
         found = facts["versions"].get(name)
         wanted = "'numpy<2' tflite-runtime" if name == "tflite-runtime" else name
-        unfit = small and name in ("onnxruntime", "ai-edge-litert")
-        fix = "no wheel exists for this machine" if unfit else f"{install} {wanted}"
+        fix = "no wheel exists for this machine" if name in none else f"{install} {wanted}"
         rows.append(Found(name, found is not None, found or "not installed", None if found else fix))
     for name, detail in facts["about"].items():
         rows.append(Found(name, True, detail))
@@ -154,7 +157,7 @@ def found_of(facts: Mapping[str, Any], python: str = "python3") -> list[Found]:
 
 #: Run by a device's own Python 3.9+; prints JSON for ``found_of``.
 PROBE = """
-import importlib.metadata as m, json, os, platform, shutil, sys
+import importlib.metadata as m, json, os, platform, shutil, subprocess, sys
 def version(name):
     try:
         return m.version(name)
@@ -175,11 +178,17 @@ for line in read('/etc/os-release').splitlines():
 model = read('/proc/device-tree/model').strip(chr(0))
 lines = read('/proc/cpuinfo').splitlines()
 cpus = [line.split(':', 1)[1].strip() for line in lines if line.lower().startswith('model name')]
+if sys.platform == 'darwin':
+    def sysctl(name):
+        return subprocess.check_output(['sysctl', '-n', name]).decode().strip()
+    about['memory total'] = '%.2f GB' % (int(sysctl('hw.memsize')) / 1e9)
+    about['system'] = 'macOS ' + platform.mac_ver()[0]
+    model = sysctl('machdep.cpu.brand_string')
 about['cpu'] = '%s, %d cores' % (model or (cpus[0] if cpus else platform.machine()), os.cpu_count() or 1)
-names = ('numpy', 'onnxruntime', 'ai-edge-litert', 'tflite-runtime')
+names = ('numpy', 'onnxruntime', 'ai-edge-litert', 'tflite-runtime', 'coremltools')
 machine = platform.machine()
 if machine == 'aarch64' and sys.maxsize < 2**32:
     machine = 'armv7l'  # a 32-bit system under a 64-bit kernel
-print(json.dumps({'python': platform.python_version(), 'machine': machine, 'about': about,
+print(json.dumps({'python': platform.python_version(), 'machine': machine, 'system': sys.platform, 'about': about,
                   'versions': {name: version(name) for name in names}}))
 """

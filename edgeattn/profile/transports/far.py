@@ -7,6 +7,7 @@ when that closes, whoever closed it, the runner ends and the folder goes.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -110,7 +111,8 @@ def run(folder: str, words: "list[str]") -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     out, errors = child.communicate()
-    say(code=child.returncode, out=out.decode(errors="replace"), errors=errors.decode(errors="replace"))
+    died = signal.Signals(-child.returncode).name if child.returncode < 0 else ""
+    say(code=child.returncode, died=died, out=out.decode(errors="replace"), errors=errors.decode(errors="replace"))
     os._exit(0)
 
 

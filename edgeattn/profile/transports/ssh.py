@@ -129,10 +129,13 @@ class Ssh(Transport):
     def _answer(self, ended: dict[str, Any]) -> dict[str, Any]:
         """What the runner said there."""
         try:
-            return result_of(parse_answer(ended["out"], ended["code"], ended["errors"], self.url), self.url)
+            answer = parse_answer(ended["out"], ended["code"], ended["errors"], self.url, ended["died"])
+            return result_of(answer, self.url)
         except ToolchainMissing as error:
             # Debian's own Python refuses pip; an environment of one's own takes both.
-            lacking = (error.fix or "").partition("install ")[2] or "numpy"
+            lacking = (error.fix or "").partition("pip install ")[2]
+            if not lacking:  # nothing that can be installed there brings it
+                raise
             error.fix = (
                 f"on the device: python3 -m venv --system-site-packages ~/edgeattn && ~/edgeattn/bin/pip install "
                 f"{lacking}; then edgeattn device add NAME {self.url} --python '~/edgeattn/bin/python'"
@@ -224,7 +227,7 @@ class Ssh(Transport):
                 value=self._python,
                 where=self.url,
                 why=errors[-1] if errors else "the command was not found",
-                fix="on the device: sudo apt install python3",
+                fix="on the device: sudo apt install python3, or on a Mac xcode-select --install",
             )
         if done.exit_status:
             raise CheckFailed("a script failed on the device", where=self.url, details=errors[-5:])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +13,8 @@ from edgeattn.targets.coreml.mil.registry import Call, Ints, Number, Tensors, op
 
 
 @op("identity")
-def identity(x: Tensor) -> Tensor:
-    """The value itself."""
+def identity(x: Any) -> Any:
+    """The value itself, be it a tensor or a list."""
     return x
 
 
@@ -28,9 +31,16 @@ def fill_like(ref_tensor: Tensor, value: Number = 0.0) -> Tensor:
 
 
 @op("range_1d")
-def range_1d(end: Number, start: Number, step: Number) -> Tensor:
-    """From ``start`` up to ``end``, which is left out."""
-    return torch.arange(start, end, step)
+def range_1d(end: Tensor, start: Tensor, step: Tensor) -> Tensor:
+    """From ``start`` up to ``end``, which is left out; empty where ``step`` leads away from it.
+
+    Floats are counted in float32, as MIL's type inference does: 0 to 0.3 in steps of 0.1 are three, not four.
+    """
+    if start.is_floating_point():
+        count = max(0, math.ceil(float((end - start) / step)))
+    else:
+        count = len(range(int(start), int(end), int(step)))
+    return start + step * torch.arange(count, dtype=start.dtype)
 
 
 @op("one_hot")
@@ -55,8 +65,9 @@ def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
 def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> Tensor:
     """Sums of all elements up to each place, with it or (exclusive) without; ``reverse`` from the end."""
     given = x.flip(axis) if reverse else x
+    if exclusive:  # moved one place on: taking the element off the sum would round
+        given = torch.cat([torch.zeros_like(x.narrow(axis, 0, 1)), given.narrow(axis, 0, x.shape[axis] - 1)], axis)
     total = given.cumsum(axis, dtype=x.dtype)
-    total = total - given if exclusive else total
     return total.flip(axis) if reverse else total
 
 
@@ -123,13 +134,12 @@ def non_zero(x: Tensor) -> Tensor:
 
 @op("concat")
 def concat(values: Tensors, axis: int, interleave: bool = False) -> Tensor:
-    """Joined along ``axis``, one after the other or (interleave) in turns, element by element."""
+    """Joined along ``axis``, one after the other or (interleave) in turns, element by element; scalars to a vector."""
     if values[0].dim() == 0:
         return torch.stack(values)
     if interleave:
-        return torch.stack(values, axis % values[0].dim() + 1).flatten(
-            axis % values[0].dim(), axis % values[0].dim() + 1
-        )
+        axis %= values[0].dim()
+        return torch.stack(values, axis + 1).flatten(axis, axis + 1)
     return torch.cat(values, axis)
 
 
@@ -141,30 +151,45 @@ def stack(values: Tensors, axis: int) -> Tensor:
 
 @op("split")
 def split(x: Tensor, axis: int, num_splits: int | None = None, split_sizes: Ints | None = None) -> tuple[Tensor, ...]:
-    """Taken apart along ``axis``: into parts of ``split_sizes``, or into so many equal ones."""
-    sizes = split_sizes or [x.shape[axis] // (num_splits or 1)] * (num_splits or 1)
-    return tuple(x.split_with_sizes(list(sizes), axis))
+    """Taken apart along ``axis``: into parts of ``split_sizes``, or else into ``num_splits`` equal ones."""
+    if split_sizes is not None:
+        return x.split_with_sizes(split_sizes, axis)
+    return x.tensor_split(num_splits or 1, axis)
+
+
+@op("flatten2d")
+def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
+    """Two dimensions: those before ``axis``, and the others."""
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+@op("shape")
+def shape(x: Tensor) -> Tensor:
+    """The sizes of the dimensions, [rank]."""
+    return torch.tensor(x.shape, dtype=torch.int32)
 
 
 def _overlap(boxes: Tensor, chosen: Tensor) -> Tensor:
-    """Intersection over union of boxes (B, 4) as centre and size with one box (4,)."""
+    """Intersection over union of boxes (B, 4) as centre and size with one box (4,); 0 where both are empty."""
     low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
     own_low, own_high = chosen[:2] - chosen[2:] / 2, chosen[:2] + chosen[2:] / 2
     shared = (torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0).prod(-1)
     union = boxes[:, 2:].prod(-1) + chosen[2:].prod() - shared
-    return torch.where(union > 0, shared / union, torch.zeros_like(union))
+    return torch.where(union > 0, shared / union, 0.0)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, iou: float, least: float, most: int) -> list[int]:
-    """Places of the boxes that stay, best first."""
-    alive = scores >= least if least > -float("inf") else torch.ones_like(scores, dtype=torch.bool)
+def _survivors(boxes: Tensor, scores: Tensor, iou: float, least: float, most: int, per_class: bool) -> list[int]:
+    """Places of the boxes (B, 4) with scores (B, K) that stay, best first."""
+    best, label = scores.max(-1)
+    alive = best >= least
     stay: list[int] = []
     while len(stay) < most and bool(alive.any()):
-        best = int(torch.where(alive, scores, torch.full_like(scores, -float("inf"))).argmax())
-        stay.append(best)
-        alive = alive & (_overlap(boxes, boxes[best]) <= iou)
-        alive[best] = False
-    return stay
+        place = int(torch.where(alive, best, -torch.inf).argmax())
+        stay.append(place)
+        suppressed = _overlap(boxes, boxes[place]) > iou
+        alive = alive & ~(suppressed & (label == label[place]) if per_class else suppressed)
+        alive[place] = False
+    return stay or [int(best.argmax())]
 
 
 @op("non_maximum_suppression")
@@ -174,31 +199,27 @@ def non_maximum_suppression(
     scores: Tensor,
     iou_threshold: float,
     max_boxes: int,
-    score_threshold: float = -float("inf"),
+    score_threshold: float = -math.inf,
     per_class_suppression: bool = False,
 ) -> tuple[Tensor, ...]:
     """The boxes that no better one overlaps by more than the threshold, padded to ``max_boxes``.
 
-    Boxes (n, B, 4) as (x, y, width, height) around the centre, scores (n, B, K); from iOS17 on (n, 4, B) and (n, K, B),
-    no score threshold and no count. A box is as good as its best class; per class it competes within that one only.
-    What pads boxes and scores is 0, indices -1.
+    Boxes (n, B, 4) are (x, y, width, height) around the centre, scores (n, B, K); from iOS17 on (n, 4, B) and
+    (n, K, B), without score threshold and count. A box is as good as its best class; per class it meets only boxes
+    that have the same best class. The best box stays even below the score threshold. Boxes and scores are padded with
+    0, indices with -1. Source of the last two: coremltools' tests, which compare with devices (up to iOS16).
     """
-    last = call.opset >= 17
-    if last:
+    box_last = call.opset >= 17
+    if box_last:
         boxes, scores = boxes.transpose(1, 2), scores.transpose(1, 2)
-    kept, points, places, counts = [], [], [], []
-    for box, score in zip(boxes.float(), scores.float(), strict=True):
-        best, label = score.max(-1)
-        # Boxes of different classes do not meet when each class has a plane of its own.
-        apart = (box[:, :2].abs().max() + box[:, 2:].max() + 1) * 2 if box.numel() else box.new_tensor(0.0)
-        moved = box + torch.nn.functional.pad((label * apart).unsqueeze(-1), (0, 3)) if per_class_suppression else box
-        stay = _suppress(moved, best, iou_threshold, score_threshold, max_boxes)
-        empty = max_boxes - len(stay)
-        kept.append(F.pad(box[stay], (0, 0, 0, empty)))
-        points.append(F.pad(score[stay], (0, 0, 0, empty)))
-        places.append(F.pad(torch.tensor(stay, dtype=torch.int64), (0, empty), value=-1))
-        counts.append(len(stay))
-    results = [torch.stack(kept), torch.stack(points), torch.stack(places)]
-    if last:
-        return results[0].transpose(1, 2), results[1].transpose(1, 2), results[2]
-    return (*results, torch.tensor(counts))
+    rows = []
+    for box, score in zip(boxes, scores, strict=True):
+        stay = _survivors(box.float(), score.float(), iou_threshold, score_threshold, max_boxes, per_class_suppression)
+        rest = max_boxes - len(stay)
+        places = torch.tensor(stay)
+        rows.append((F.pad(box[places], (0, 0, 0, rest)), F.pad(score[places], (0, 0, 0, rest)), places, rest))
+    kept, points = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    indices = torch.stack([F.pad(places, (0, rest), value=-1) for _, _, places, rest in rows])
+    if box_last:
+        return kept.transpose(1, 2), points.transpose(1, 2), indices
+    return kept, points, indices, torch.tensor([max_boxes - row[3] for row in rows])

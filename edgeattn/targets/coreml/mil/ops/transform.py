@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,13 @@ from torch import Tensor
 from edgeattn.targets.coreml.mil.registry import Bools, Call, Ints, Tensors, op
 
 
-def _positive(axes: Ints, rank: int) -> list[int]:
-    return sorted(axis % rank for axis in axes)
-
-
 @op("expand_dims")
 def expand_dims(x: Tensor, axes: Ints) -> Tensor:
     """Dimensions of one element at ``axes`` of the result."""
-    for axis in _positive(axes, x.dim() + len(axes)):
+    if len(axes) == 1:
+        return x.unsqueeze(axes[0])
+    rank = x.dim() + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
@@ -66,47 +65,45 @@ def reverse(x: Tensor, axes: Ints | None = None) -> Tensor:
 
 
 @op("reverse_sequence")
-def reverse_sequence(x: Tensor, lengths: Ints, seq_axis: int = 0, batch_axis: int = 0) -> Tensor:
+def reverse_sequence(x: Tensor, lengths: Tensor, seq_axis: int = 0, batch_axis: int = 0) -> Tensor:
     """Along ``seq_axis`` the first ``lengths[i]`` elements of the i-th part along ``batch_axis`` turned round."""
-    turned = x.clone()
-    for place, length in enumerate(lengths):
-        part = turned.select(batch_axis, place)
-        axis = seq_axis % x.dim()
-        axis -= axis > batch_axis % x.dim()
-        part.narrow(axis, 0, length).copy_(part.narrow(axis, 0, length).flip(axis))
-    return turned
+    places = torch.arange(x.shape[seq_axis])
+    counts = lengths.long().unsqueeze(1)
+    source = torch.where(places < counts, counts - 1 - places, places)
+    batch_first = x.movedim((batch_axis, seq_axis), (0, 1))
+    turned = batch_first[torch.arange(len(source)).unsqueeze(1), source]
+    return turned.movedim((0, 1), (batch_axis, seq_axis))
 
 
+@lru_cache(maxsize=1024)
 def _slices(
-    shape: tuple[int, ...],
+    shape: Ints,
     begin: Ints,
     end: Ints,
     stride: Ints | None,
     begin_mask: Bools | None,
     end_mask: Bools | None,
     squeeze_mask: Bools | None,
-) -> tuple[list[slice | int], list[int]]:
+) -> tuple[tuple[slice | int, ...], Ints]:
     """Forward slices (or an index, where the dimension goes), and the axes of the result that have to be turned round.
 
-    As in NumPy negative places count from the end, and a mask stands for a limit that is left out.
+    As in NumPy negative places count from the end, and a mask stands for a limit that is left out. Torch takes no
+    negative strides. A model asks for the same slices at every run, hence the cache.
     """
     slices: list[slice | int] = []
     turned: list[int] = []
-    kept = 0
     for i, size in enumerate(shape):
-        first, last = begin[i], end[i]
+        first = None if begin_mask and begin_mask[i] else begin[i]
         if squeeze_mask and squeeze_mask[i]:
-            slices.append(0 if begin_mask and begin_mask[i] else first)
+            slices.append(first or 0)
             continue
-        step = stride[i] if stride else 1
-        part = slice(None if begin_mask and begin_mask[i] else first, None if end_mask and end_mask[i] else last, step)
-        if step < 0:
-            places = range(*part.indices(size))
-            part = slice(places[-1], places[0] + 1, -step) if places else slice(0, 0)
-            turned.append(kept)
+        part = slice(first, None if end_mask and end_mask[i] else end[i], stride[i] if stride else 1)
+        if part.step < 0:
+            places = range(size)[part][::-1]
+            part = slice(places.start, places.stop, places.step) if places else slice(0, 0)
+            turned.append(sum(isinstance(item, slice) for item in slices))
         slices.append(part)
-        kept += 1
-    return slices, turned
+    return tuple(slices), tuple(turned)
 
 
 @op("slice_by_index")
@@ -121,7 +118,7 @@ def slice_by_index(
 ) -> Tensor:
     """``x[begin:end:stride]`` in every dimension; see ``_slices``."""
     slices, turned = _slices(tuple(x.shape), begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    part = x[tuple(slices)]
+    part = x[slices]
     return part.flip(turned) if turned else part
 
 
@@ -139,7 +136,7 @@ def slice_update(
     """A copy of x whose slice, as ``slice_by_index`` takes it, is ``update``."""
     slices, turned = _slices(tuple(x.shape), begin, end, stride, begin_mask, end_mask, squeeze_mask)
     changed = x.clone()
-    changed[tuple(slices)] = update.flip(turned) if turned else update
+    changed[slices] = update.flip(turned) if turned else update
     return changed
 
 
@@ -147,7 +144,7 @@ def slice_update(
 def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
     """``size`` elements from ``begin`` on in every dimension; all that are left where it is -1."""
     for axis, (first, count) in enumerate(zip(begin, size, strict=True)):
-        first = first % x.shape[axis] if first < 0 else first
+        first += x.shape[axis] if first < 0 else 0
         x = x.narrow(axis, first, x.shape[axis] - first if count < 0 else count)
     return x
 
@@ -206,16 +203,3 @@ def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
 def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
     """All windows along ``axis``: it becomes the number of windows, and after it stand their ``size`` elements."""
     return x.unfold(axis, size, stride).movedim(-1, axis % x.dim() + 1)
-
-
-@op("flatten2d")
-def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
-    """Two dimensions: those before ``axis``, and the others."""
-    before = math.prod(x.shape[:axis])
-    return x.reshape(before, x.numel() // before if before else 0)
-
-
-@op("shape")
-def shape(x: Tensor) -> Tensor:
-    """The sizes of the dimensions, [rank]."""
-    return torch.tensor(x.shape, dtype=torch.int32)
