@@ -65,10 +65,12 @@ class Variant:
 def photographs(name: str, folder: Path) -> str:
     """Write a recipe for an architecture whose golden inputs are scikit-learn's two photographs; its path."""
     import numpy as np
-    import timm
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
+    from edgeattn.models.build import import_timm
+
+    timm = import_timm()
     cfg = timm.get_pretrained_cfg(name)
     channels, height, width = cfg.input_size
     images = [Image.fromarray(image).resize((width, height)) for image in load_sample_images().images]

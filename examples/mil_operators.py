@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edgeattn.core import tools
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil import ops
 from edgeattn.targets.coreml.mil.package import VERSIONS
 from edgeattn.targets.coreml.mil.registry import OPS
-from edgeattn.targets.quiet import quiet
 
 with quiet():
     import coremltools

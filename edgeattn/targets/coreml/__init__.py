@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Systems that a package can be made for, and the macOS of the same year. The oldest is the default.
 DEPLOYMENTS = {"iOS16": "macOS13", "iOS17": "macOS14", "iOS18": "macOS15"}
+_NEWER = {"iOS26": "iOS18", "macOS26": "macOS15"}
 #: What converts, reads and runs packages.
 COREMLTOOLS = "coremltools"
 
@@ -52,9 +53,11 @@ class CoreMLTarget(Target):
     def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
         """See ``Target.settle``; a device says which system it has. A macOS means the iOS of the same year."""
         settled = super().settle(options, device)
-        if "deployment" not in options and device is not None and device.deployment_target:
-            settled["deployment"] = device.deployment_target
         of_the_year = {mac: ios for ios, mac in DEPLOYMENTS.items()}
+        if "deployment" not in options and device is not None and device.deployment_target:
+            # A newer system runs what is made for the newest of these.
+            own = device.deployment_target
+            settled = super().settle({"deployment": _NEWER.get(own, own), **options}, device)
         return settled | {"deployment": of_the_year.get(settled["deployment"], settled["deployment"])}
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from edgeattn.lint import Finding, RuleBook, Severity
+from edgeattn.targets.coreml.mends.qkv_rank5 import packed
 from edgeattn.targets.coreml.modules import path_of
 
 if TYPE_CHECKING:
@@ -59,23 +60,25 @@ class _Scope:
     Attributes:
         live: values that depend on an input or a state; the others are computed once, by the converter.
         widest: height and width that the chip takes.
+        mended: nodes of rank 5 that lowering does without.
     """
 
     live: frozenset[fx.Node]
     widest: int
+    mended: frozenset[fx.Node]
 
     @staticmethod
-    def of(graph: fx.Graph, constants: Iterable[str], widest: int) -> _Scope:
+    def of(module: fx.GraphModule, constants: Iterable[str], widest: int) -> _Scope:
         """The scope of a graph whose placeholders of the names ``constants`` are no inputs."""
         fixed, live = set(constants), set()
-        for node in graph.nodes:
+        for node in module.graph.nodes:
             if node.op == "placeholder":
                 depends = node.name not in fixed
             else:
                 depends = any(source in live for source in node.all_input_nodes)
             if depends:
                 live.add(node)
-        return _Scope(frozenset(live), widest)
+        return _Scope(frozenset(live), widest, frozenset(node for place in packed(module) for node in place.nodes))
 
 
 def _op(node: fx.Node) -> str:
@@ -162,7 +165,7 @@ def _folds(node: fx.Node) -> bool:
 
 def _ranks(node: fx.Node, scope: _Scope) -> Iterator[_Hit]:
     rank = _rank(node)
-    if rank == 5:
+    if rank == 5 and node not in scope.mended:
         yield "rank-5", _text(node), None
     elif rank > 5 and all(_rank(source) <= 5 for source in node.all_input_nodes):
         yield "rank-6", _text(node), "note" if _folds(node) else None
@@ -366,9 +369,9 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
             findings.add(module, hit)
         varying = {*entry.graph.graph_signature.user_inputs, *(node.name for node in states)}
         fixed = {n.name for n in graph.graph.nodes if n.op == "placeholder"} - varying
-        for node, hit in _nodes(graph.graph, _Scope.of(graph.graph, fixed, widest)):
+        for node, hit in _nodes(graph.graph, _Scope.of(graph, fixed, widest)):
             findings.add(path_of(node), hit)
         for branch, place in _branches(graph):
-            for node, hit in _nodes(branch.graph, _Scope.of(branch.graph, (), widest)):
+            for node, hit in _nodes(branch.graph, _Scope.of(branch, (), widest)):
                 findings.add(path_of(node) or place, hit)
     return findings.list()

@@ -14,6 +14,7 @@ from torch import fx
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, UsageError
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.base import BGR, Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.coreml.describe import describe
 from edgeattn.targets.coreml.facts import facts_of
@@ -21,7 +22,6 @@ from edgeattn.targets.coreml.images import pixels_of, take_pixels
 from edgeattn.targets.coreml.mends import mend
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.modules import note_modules, path_of
-from edgeattn.targets.quiet import quiet
 
 #: A listing for a debugger of another project, which coremltools leaves in the package.
 _DEBUG = "executorch_debug_handle_mapping.json"

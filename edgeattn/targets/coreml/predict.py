@@ -9,8 +9,8 @@ import numpy as np
 
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.base import BGR, Artifact, TraceValue, check_feeds, entry_of
-from edgeattn.targets.quiet import quiet
 
 
 class CoreMLRuntime:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from torch import fx
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan
 from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.heads import without_transposes
@@ -31,19 +29,6 @@ from edgeattn.targets.tflite.versions import too_new
 FILE = "model.tflite"
 #: A flatbuffer's offsets are signed 32-bit numbers, and the converter writes float32 whatever the precision.
 LARGEST = 2**31 - 1
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter logs every step, and its own libraries complain about GPUs at import."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _channels_last(module: fx.GraphModule, images: frozenset[int]) -> None:
@@ -142,7 +127,7 @@ def _prepare(entry: Entry, layout: str) -> _Prepared:
 
 def _convert(program: Program, prepared: Mapping[str, _Prepared]) -> bytes:
     """All entries in one file."""
-    with _quiet():
+    with quiet():
         from litert_torch._convert import core
         from litert_torch._convert.signature import Signature
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from edgeattn.core.numerics import Array
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
-from edgeattn.targets.quiet import quiet
 
 with quiet():
     import coremltools as ct

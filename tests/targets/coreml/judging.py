@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from edgeattn.core.numerics import Array
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil import ops
 from edgeattn.targets.coreml.mil.registry import OPS
-from edgeattn.targets.quiet import quiet
 
 with quiet():
     from coremltools.converters.mil.mil.operation import Operation

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from edgeattn import device
 from edgeattn.capture import Program, capture
+from edgeattn.core.quiet import quiet
 from edgeattn.lint import Finding
 from edgeattn.models.fmvit import fmvit_digits
 from edgeattn.reparam import reparameterize
 from edgeattn.targets.coreml.lint import _book, lint
-from edgeattn.targets.quiet import quiet
 from examples import lint_table
 
 X = torch.randn(1, 4, 16, 8)

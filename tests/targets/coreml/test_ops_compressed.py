@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
-from edgeattn.targets.quiet import quiet
 from tests.targets.coreml.harness import TARGETS, ct, mb
 from tests.targets.coreml.judging import agree, numbers
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from edgeattn.core.numerics import Array
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil.registry import OPS
-from edgeattn.targets.quiet import quiet
 from tests.targets.coreml.harness import TARGETS, inferred, interpret, mb, types
 from tests.targets.coreml.judging import agree, judgeable, numbers
 

@@ -17,6 +17,8 @@ from tests.targets.coreml.harness import interpret, mb
 from tests.targets.coreml.judging import agree, judgeable, numbers
 
 FAMILY = defined_in("image_resizing")
+#: Tested in a file of their own.
+SAMPLED = {"affine", "crop_resize", "resample"}
 #: coremltools infers no values of any of them.
 JUDGED: list[Case] = []
 MODES = ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS", "UNALIGN_CORNERS")
@@ -282,7 +284,7 @@ def test_pytorch_resizes_one_and_three_dimensions_the_same_way(
 def test_the_nearest_pixel_of_other_samplings(sampling: str) -> None:
     x = numbers(1, (1, 4, 6))
     given = {
-        "shape": [7, 4],
+        "shape": [6, 4],
         "resized_dims": WIDE(2),
         "interpolation_mode": "NEAREST_NEIGHBOR",
         "sampling_mode": sampling,
@@ -290,7 +292,7 @@ def test_the_nearest_pixel_of_other_samplings(sampling: str) -> None:
     found = interpret(lambda x: mb.resize(x=x, **given), {"x": x})
     rows, columns = (
         [min(range(size), key=lambda i, point=point: (abs(i - point), -i)) for point in grid(size, count, sampling)]
-        for size, count in ((4, 7), (6, 4))
+        for size, count in ((4, 6), (6, 4))
     )
     agree(found, [x[:, rows][:, :, columns]], "float32")
 
@@ -302,4 +304,4 @@ def test_corners_and_half_pixels_exclude_each_other() -> None:
 
 def test_every_operation_is_tested_and_judged_where_it_can_be() -> None:
     assert judgeable(FAMILY) == {case.op for case in JUDGED}
-    assert {case.op for case in ALONE} | {"affine", "crop_resize", "resample"} == FAMILY
+    assert {case.op for case in ALONE} | SAMPLED == FAMILY

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from edgeattn.core.errors import UsageError
+from edgeattn.core.quiet import quiet
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
-from edgeattn.targets.quiet import quiet
 from tests.targets.coreml.harness import ct, mb, types
 from tests.targets.coreml.judging import agree, numbers
 

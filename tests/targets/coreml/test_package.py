@@ -96,8 +96,8 @@ def test_weights_may_not_be_outside(package: Path) -> None:
     spec = open_package(package).spec
     function = spec.mlProgram.functions["main"]
     for operation in function.block_specializations[function.opset].operations:
-        value = operation.attributes["val"] if "val" in operation.attributes else None
-        if value is not None and value.WhichOneof("value") == "blobFileValue":
+        value = operation.attributes["val"]
+        if value.WhichOneof("value") == "blobFileValue":
             value.blobFileValue.fileName = "@model_path/../../../weight.bin"
     (package / MODEL).write_bytes(spec.SerializeToString())
     with pytest.raises(UsageError, match="weight file"):

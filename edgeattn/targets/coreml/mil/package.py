@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeattn.core.errors import EdgeAttnError, UsageError
 from edgeattn.core.files import inside
-from edgeattn.targets.quiet import quiet
+from edgeattn.core.quiet import quiet
 
 #: Specification versions that can hold an ML program, and the first iOS that reads them.
 VERSIONS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}
