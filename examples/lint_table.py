@@ -14,8 +14,9 @@ HEAD = """# Lint rules of target coreml
 
     edgeattn lint MODEL --target coreml --device iphone-15-pro
 
-`edgeattn lint` looks for these patterns in the captured program, by operations, shapes and dtypes. An error ends an export
-before anything is converted. This page is written by `examples/lint_table.py` from `edgeattn/targets/coreml/lint.toml`.
+`edgeattn lint` looks for these patterns in the captured program, by operations, shapes and dtypes. An error ends an
+export before anything is converted. This page is written by `examples/lint_table.py` from
+`edgeattn/targets/coreml/lint.toml`.
 """
 
 

@@ -73,8 +73,8 @@ def table() -> str:
         f"covered, {sum(name in OPS for name in made)} of the {len(made)} that it makes of PyTorch models.",
         "Made by `python examples/mil_operators.py --write docs/coreml-operators.md`.",
         "",
-        f"Not covered: {', '.join(f'`{name}`' for name in left) or 'none'}. A model with one of them is refused, and the "
-        "module that made it is named.",
+        f"Not covered: {', '.join(f'`{name}`' for name in left) or 'none'}.",
+        "A model with one of them is refused, and the module that made it is named.",
         "",
         "| operation | defined from, and anew from | from PyTorch | implemented in |",
         "|---|---|---|---|",

@@ -146,7 +146,7 @@ def _without_form(program: Program) -> list[str]:
     from litert_torch.backend.lowerings import registry
 
     found: set[str] = set()
-    with _quiet(), contextlib.suppress(Exception):
+    with quiet(), contextlib.suppress(Exception):
         for entry in program.entries.values():
             graph = fx_infra.safe_run_decompositions(entry.graph, fx_infra.decomp.pre_convert_decomp())
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp())
