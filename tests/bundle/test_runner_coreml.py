@@ -43,6 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def run(bundle: Bundle, mac: Mac | None, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(bundle.path / "run.py"), *words]
     environ = {**os.environ, **(mac.environ if mac else {})}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=cwd, timeout=120, check=False)
 
 

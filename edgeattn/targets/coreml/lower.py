@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch._decomp import get_decompositions
 
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, UsageError
@@ -51,7 +54,10 @@ def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()
         without: mends to leave out.
     """
     graph = entry.graph.run_decompositions({})
-    changed = mend(graph.graph_module, plan.precision, without)
+    changed = Counter(mend(graph.graph_module, plan.precision, without))
+    if split := _splits(graph):
+        graph = graph.run_decompositions(split)
+        changed.update(mend(graph.graph_module, plan.precision, without))
     (returned,) = graph.graph.output_node().args
     assert isinstance(returned, list | tuple)
     for spec, node in zip(graph.graph_signature.output_specs, returned, strict=True):
@@ -67,7 +73,23 @@ def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()
         take_pixels(graph, pixels)
     for node in graph.graph.nodes:
         node.meta["stack_trace"] = path_of(node)
-    return Prepared(graph, inputs, outputs, pixels, changed)
+    return Prepared(graph, inputs, outputs, pixels, dict(changed))
+
+
+def _unknown(graph: torch.export.ExportedProgram) -> list[fx.Node]:
+    """Nodes whose operation the converter does not know."""
+    with quiet():
+        from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
+
+    # Names that end in an underscore would stop the question itself; they are those of the mend ``dunder``.
+    asked = [n for n in graph.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+    return [n for n in asked if n.target.__name__.split(".")[0].endswith("_") or not is_torch_fx_node_supported(n)]
+
+
+def _splits(graph: torch.export.ExportedProgram) -> dict[Any, Any]:
+    """PyTorch's own decompositions of the operations that the converter does not know."""
+    unknown: list[Any] = list({node.target: None for node in _unknown(graph)})
+    return dict(get_decompositions(unknown)) if unknown else {}
 
 
 def _dtype(value: torch.Tensor, plan: LowerPlan) -> type[Any]:
@@ -83,12 +105,9 @@ def _check_nodes(graph: torch.export.ExportedProgram) -> None:
     Raises:
         ConversionFailed: lists those that it does not know, with their modules.
     """
-    from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
-
     unknown: dict[str, list[str]] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and not is_torch_fx_node_supported(node):
-            unknown.setdefault(str(node.target), []).append(path_of(node) or "(model)")
+    for node in _unknown(graph):
+        unknown.setdefault(str(node.target), []).append(path_of(node) or "(model)")
     if unknown:
         first = next(iter(unknown))
         raise ConversionFailed(

@@ -66,8 +66,22 @@ class Packed(nn.Module):
         return y.transpose(1, 2).reshape(b, n, c)
 
 
+class Logic(nn.Module):
+    """Truth values joined by operators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(((x > 0) & (x < 1)) | ((x < -1) ^ (x > 2)), x, -x)
+
+
+class Filled(nn.Module):
+    """Numbers on one side of a choice, on the other, on both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 1, x, -1e4) + torch.where(x > 0, 2.0, x) + torch.where(x > 2, 1.0, 0.0)
+
+
 def test_all_mends_are_tested() -> None:
-    assert mends.names() == sorted(["alias", "gqa", "qkv_rank5", "rms_norm"])
+    assert mends.names() == ["alias", "dunder", "gqa", "qkv_rank5", "rms_norm", "where_scalar"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
@@ -77,6 +91,8 @@ def test_all_mends_are_tested() -> None:
     [
         ("alias", Masked(), (2, 6, 6)),
         ("gqa", Grouped(), (2, 7, 64)),
+        ("dunder", Logic(), (4, 8)),
+        ("where_scalar", Filled(), (4, 8)),
         ("qkv_rank5", Packed(True), (2, 9, 32)),
         ("qkv_rank5", Packed(False), (2, 9, 32)),
         ("rms_norm", nn.RMSNorm(32), (2, 9, 32)),
@@ -87,14 +103,22 @@ def test_holds(
     name: str, model: nn.Module, shape: tuple[int, ...], precision: str, deployment: str, tmp_path: Path
 ) -> None:
     made = lowered(model, {"x": torch.randn(shape)}, tmp_path, precision, deployment=deployment)
-    assert made.facts["mends"] == {name: 1}
+    assert made.facts["mends"] == {name: 3 if name in ("dunder", "where_scalar") else 1}
     assert made.numerics()["y"].holds(1e-6 if precision == "fp32" else 5e-3)
     assert not made.facts["high_rank"]
 
 
-@pytest.mark.parametrize(("name", "model"), [("alias", Masked()), ("gqa", Grouped())])
-def test_needed_to_convert(name: str, model: nn.Module, tmp_path: Path) -> None:
-    x = torch.randn((2, 6, 6) if name == "alias" else (2, 7, 64))
+@pytest.mark.parametrize(
+    ("name", "model", "shape"),
+    [
+        ("alias", Masked(), (2, 6, 6)),
+        ("dunder", Logic(), (4, 8)),
+        ("gqa", Grouped(), (2, 7, 64)),
+        ("where_scalar", Filled(), (4, 8)),
+    ],
+)
+def test_needed_to_convert(name: str, model: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    x = torch.randn(shape)
     with pytest.raises(ConversionFailed):
         converted_without(name, model, {"x": x}, tmp_path / "m.mlpackage", deployment="iOS18")
 

@@ -33,7 +33,8 @@ def typed(dtype: str, value: float) -> Any:
 
 # ---- crop_resize
 
-#: Corners (y, x, y, x) in an image of 6 x 7 pixels: inside; one row; the whole; turned round; partly and all outside.
+#: Corners (y, x, y, x) in an image of 6 x 7 pixels: inside; one row; the whole; turned round; partly and all outside;
+#: within a pixel.
 BOXES = np.array(
     [
         [1, 2, 4, 5.5],
@@ -42,9 +43,10 @@ BOXES = np.array(
         [4.25, 5, 0.5, 1],
         [3, -1.5, 7.25, 4],
         [-4, 2, -1, 3],
+        [1.25, 2, 1.75, 2.25],
     ]
 )
-IMAGE_OF_BOX = np.array([1, 0, 2, 2, 1, 0], np.int32)
+IMAGE_OF_BOX = np.array([1, 0, 2, 2, 1, 0, 1], np.int32)
 SIZE = np.array([6, 7])
 
 
@@ -105,7 +107,7 @@ def test_crop_resize(
         expected = crop_resize(x, BOXES, IMAGE_OF_BOX, sizes, mode, pad_value)
     else:
         feeds = {"x": x, "roi": boxes.reshape(-1, 1, 4, 1, 1)}
-        expected = np.stack([crop_resize(x, BOXES, [n] * 6, sizes, mode, pad_value) for n in range(3)], 1)
+        expected = np.stack([crop_resize(x, BOXES, [n] * len(BOXES), sizes, mode, pad_value) for n in range(3)], 1)
     agree(interpret(lambda **v: mb.crop_resize(**v, **given), feeds, opset), [expected], "float32", 20)
 
 
@@ -123,6 +125,20 @@ def test_crop_resize_takes_the_nth_image_for_the_nth_box() -> None:
     x, boxes = numbers(1, (3, 2, *SIZE), "float16"), BOXES[:2].astype(np.float16)
     found = interpret(lambda x, boxes: mb.crop_resize(x=x, boxes=boxes, target_height=2), {"x": x, "boxes": boxes}, 17)
     agree(found, [crop_resize(x, BOXES[:2], [0, 1], (2, 1), "DEFAULT", 0.0)], "float16")
+
+
+def test_a_box_up_to_the_border_does_not_reach_beyond_it_by_rounding() -> None:
+    boxes = np.random.default_rng(1).uniform(0, 1, (60, 4)).astype(np.float32)
+    boxes[:30, 2:], boxes[30:, :2] = 1, 0
+    given = {"target_height": 7, "target_width": 6, "normalized_coordinates": True, "pad_value": np.float32(100)}
+    found = interpret(
+        lambda x, boxes: mb.crop_resize(
+            x=x, boxes=boxes, box_indices=np.zeros(60, np.int32), sampling_mode="ALIGN_CORNERS", **given
+        ),
+        {"x": np.ones((1, 1, *SIZE), np.float32), "boxes": boxes},
+        17,
+    )
+    agree(found, [np.ones((60, 1, 7, 6))], "float32")
 
 
 def test_crop_resize_as_devices_do_it() -> None:

@@ -26,12 +26,12 @@ class Writer:
     def __init__(self, place: fx.Node) -> None:
         self._place = place
 
-    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of ``target``; its shape and dtype follow from the arguments'."""
         with self._place.graph.inserting_before(self._place):
-            node = self._place.graph.call_function(target, args)
+            node = self._place.graph.call_function(target, args, kwargs)
         node.meta = {key: held for key, held in self._place.meta.items() if key != "val"}
-        node.meta["val"] = target(*[value(arg) for arg in args])
+        node.meta["val"] = target(*[value(arg) for arg in args], **kwargs)
         return node
 
     def replace(self, new: fx.Node) -> None:

@@ -170,12 +170,12 @@ def shape(x: Tensor) -> Tensor:
 
 
 def _overlap(boxes: Tensor, chosen: Tensor) -> Tensor:
-    """Intersection over union of boxes (B, 4) as centre and size with one box (4,); 0 where both are empty."""
+    """Intersection over union of boxes (B, 4) as centre and size with one box (4,); NaN where both are empty."""
     low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
     own_low, own_high = chosen[:2] - chosen[2:] / 2, chosen[:2] + chosen[2:] / 2
     shared = (torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0).prod(-1)
     union = boxes[:, 2:].prod(-1) + chosen[2:].prod() - shared
-    return torch.where(union > 0, shared / union, 0.0)
+    return shared / union
 
 
 def _survivors(boxes: Tensor, scores: Tensor, iou: float, least: float, most: int, per_class: bool) -> list[int]:
