@@ -1,4 +1,4 @@
-"""Which of 25 timm architectures a target takes: exported by the real pipeline, compared with PyTorch, timed.
+"""Which timm architectures a target takes: exported by the real pipeline, compared with PyTorch, timed.
 
 python benchmarks/timm_table.py -t tflite [-p fp32 ...] [-O NAME=CHOICE ...] [--photographs] [--write FILE] [NAME ...]
 
@@ -45,17 +45,42 @@ ARCHITECTURES = (
     "nextvit_small",
 )
 
-#: Further ones by target, where random weights of some above amplify float32's own rounding on photographs.
-ALSO = {
-    "coreml": (
-        "pvt_v2_b0",
-        "cait_xxs24_224",
-        "mixer_s32_224",
-        "xcit_nano_12_p16_224",
-        "tiny_vit_5m_224",
-        "deit_tiny_patch16_224",
-    )
-}
+#: For photographs in several variants: small ones, one a family, half of them with attention.
+SMALL = (
+    "resnet18",
+    "densenet121",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "mnasnet_small",
+    "efficientnet_b0",
+    "lcnet_050",
+    "regnety_004",
+    "repvgg_a0",
+    "mobileone_s0",
+    "ghostnet_100",
+    "convnext_atto",
+    "inception_next_atto",
+    "starnet_s1",
+    "repvit_m0_9",
+    "fastvit_t8",
+    "poolformer_s12",
+    "edgenext_xx_small",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientformer_l1",
+    "efficientvit_b0",
+    "levit_128s",
+    "nextvit_small",
+    "pvt_v2_b0",
+    "swin_tiny_patch4_window7_224",
+    "vit_tiny_patch16_224",
+    "xcit_nano_12_p16_224",
+    "cait_xxs24_224",
+    "resmlp_12_224",
+    "gmlp_ti16_224",
+    "mixer_s32_224",
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     variants = [Variant(options.target, p, o) for o in options.option for p in options.precision]
     rows: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
-    for name in options.names or (*ARCHITECTURES, *ALSO.get(options.target, ())):
+    for name in options.names or (SMALL if options.photographs else ARCHITECTURES):
         for variant in variants:
             rows[variant].append(export(name, variant, options.photographs))
             print(variant, json.dumps(rows[variant][-1]), flush=True)

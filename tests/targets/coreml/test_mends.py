@@ -81,7 +81,7 @@ class Filled(nn.Module):
 
 
 def test_all_mends_are_tested() -> None:
-    assert mends.names() == ["alias", "dunder", "gqa", "qkv_rank5", "rms_norm", "where_scalar"]
+    assert mends.names() == ["alias", "avg_pool_ceil", "dunder", "gqa", "qkv_rank5", "rms_norm", "where_scalar"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
@@ -91,6 +91,10 @@ def test_all_mends_are_tested() -> None:
     [
         ("alias", Masked(), (2, 6, 6)),
         ("gqa", Grouped(), (2, 7, 64)),
+        ("avg_pool_ceil", nn.AvgPool2d(2, ceil_mode=True), (2, 3, 7, 5)),
+        ("avg_pool_ceil", nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), (2, 3, 8, 6)),
+        ("avg_pool_ceil", nn.AvgPool2d(3, 2, 1, ceil_mode=True), (1, 4, 8, 9)),
+        ("avg_pool_ceil", nn.AvgPool2d((3, 2), (2, 3), (1, 0), ceil_mode=True, count_include_pad=False), (1, 4, 8, 9)),
         ("dunder", Logic(), (4, 8)),
         ("where_scalar", Filled(), (4, 8)),
         ("qkv_rank5", Packed(True), (2, 9, 32)),
@@ -121,6 +125,15 @@ def test_needed_to_convert(name: str, model: nn.Module, shape: tuple[int, ...], 
     x = torch.randn(shape)
     with pytest.raises(ConversionFailed):
         converted_without(name, model, {"x": x}, tmp_path / "m.mlpackage", deployment="iOS18")
+
+
+def test_average_pooling_is_still_wrong_without(tmp_path: Path) -> None:
+    model, x = nn.AvgPool2d(3, 2, 1, ceil_mode=True), torch.rand(1, 4, 8, 8) + 1
+    converted_without("avg_pool_ceil", model, {"x": x}, tmp_path / "m.mlpackage")
+    wrong = Function(open_package(tmp_path / "m.mlpackage")).run({"x": x.numpy()})["y"]
+    right = model(x).numpy()
+    np.testing.assert_allclose(wrong[..., :-1, :-1], right[..., :-1, :-1], rtol=1e-5)
+    assert np.abs(wrong - right).max() > 0.1
 
 
 def test_rank5_is_still_what_is_made_without(tmp_path: Path) -> None:

@@ -128,14 +128,14 @@ def test_crop_resize_takes_the_nth_image_for_the_nth_box() -> None:
 
 
 def test_a_box_up_to_the_border_does_not_reach_beyond_it_by_rounding() -> None:
-    boxes = np.random.default_rng(1).uniform(0, 1, (60, 4)).astype(np.float32)
-    boxes[:30, 2:], boxes[30:, :2] = 1, 0
-    given = {"target_height": 7, "target_width": 6, "normalized_coordinates": True, "pad_value": np.float32(100)}
+    boxes = np.random.default_rng(1).uniform(0, 1, (60, 4)) * [5, 6, 5, 6]
+    boxes[:30, 2:], boxes[30:, :2] = (5, 6), 0
+    given = {"target_height": 7, "target_width": 6, "box_coordinate_mode": COORDINATES[2], "pad_value": np.float32(100)}
     found = interpret(
         lambda x, boxes: mb.crop_resize(
             x=x, boxes=boxes, box_indices=np.zeros(60, np.int32), sampling_mode="ALIGN_CORNERS", **given
         ),
-        {"x": np.ones((1, 1, *SIZE), np.float32), "boxes": boxes},
+        {"x": np.ones((1, 1, *SIZE), np.float32), "boxes": written(boxes, COORDINATES[2], False, 1).astype(np.float32)},
         17,
     )
     agree(found, [np.ones((60, 1, 7, 6))], "float32")

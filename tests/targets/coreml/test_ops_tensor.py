@@ -258,6 +258,18 @@ ALONE = [
         Case("flatten2d", 15, ALL, {"x": s}, {"axis": axis}, lambda x, axis, shape=to: x.ravel().reshape(shape))
         for s, axis, to in [((3,), -1, (1, 3)), ((3,), 1, (3, 1)), ((2, 3), 0, (1, 6))]
     ),
+    *(
+        Case(
+            op,
+            15,
+            NUMBERS,
+            {"x": (1,)},
+            {"axis": 0},
+            lambda x, axis: [x[0]] * 3,
+            lambda x, axis, op=op: getattr(mb, op)(values=[mb.squeeze(x=x)] * 3, axis=axis),
+        )
+        for op in ("concat", "stack")
+    ),
     Case("topk", 15, FLOATS, {"x": TIES}, {"k": 4}, topk),
     Case("argsort", 15, FLOATS, {"x": TIES}, {}, argsort),
     Case(
