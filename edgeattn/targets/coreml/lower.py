@@ -232,4 +232,5 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         (out / file / _DEBUG).unlink(missing_ok=True)
         entries[name] = _entry(file, prepared, plan)
         facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends}
-    return Artifact(out, plan.precision, entries, {"options": dict(plan.options), "entries": facts})
+    about = {"options": dict(plan.options), "labels": list(plan.labels), "entries": facts}
+    return Artifact(out, plan.precision, entries, about)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class CoreMLRuntime:
             outputs = self._opened[entry].predict(given)
         except Exception as error:  # plain exceptions, whatever the framework says
             raise CheckFailed("Core ML cannot run the package", value=entry, why=str(error).splitlines()[0]) from error
-        return {t.name: _array(outputs[t.name]) for t in spec.outputs}
+        labels = self._artifact.facts.get("labels", ())
+        return {t.name: _array(outputs[t.name], labels) for t in spec.outputs}
 
     def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
         """Core ML shows nothing of what is inside; the interpreter does."""
@@ -53,5 +54,6 @@ def _image(pixels: Array, layout: str) -> Any:
     return Image.fromarray(pixels[0, 0] if pixels.shape[1] == 1 else pixels[0].transpose(1, 2, 0))
 
 
-def _array(value: Any) -> Array:
-    return np.array([list(value.values())], np.float32) if isinstance(value, dict) else np.asarray(value)
+def _array(value: Any, labels: Sequence[str]) -> Array:
+    """A classifier gives its numbers by label, in no order: they become a row (1, N) in the order of the labels."""
+    return np.array([[value[label] for label in labels]], np.float32) if isinstance(value, dict) else np.asarray(value)

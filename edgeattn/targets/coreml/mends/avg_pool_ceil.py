@@ -2,8 +2,8 @@
 
 coremltools 9.0 converts it to Core ML's ceil_mode, which divides the last windows by the overhang too (coremltools
 issue 2772): the last row and column are wrong. Here the input is padded with zeros up to the last window, and what was
-added is taken out of the mean by a pooling of ones. Without an overhang ``ceil_mode`` says nothing and goes. Can go when
-the converter counts as PyTorch does.
+added is taken out of the mean by a pooling of ones. Without an overhang ``ceil_mode`` says nothing and goes.
+Can go when the converter counts as PyTorch does.
 """
 
 from __future__ import annotations
