@@ -45,27 +45,22 @@ ARCHITECTURES = (
     "nextvit_small",
 )
 
-#: For photographs in several variants: small ones, one a family, half of them with attention.
+#: For photographs in several variants: small ones, one a family, most of them with attention. The last two are known to
+#: amplify the rounding of float16 beyond 1e-2 with random weights.
 SMALL = (
     "resnet18",
     "densenet121",
-    "mobilenetv2_100",
-    "mobilenetv3_small_100",
-    "mobilenetv4_conv_small",
     "mnasnet_small",
-    "efficientnet_b0",
-    "lcnet_050",
     "regnety_004",
     "repvgg_a0",
     "mobileone_s0",
-    "ghostnet_100",
+    "vgg11",
     "convnext_atto",
     "inception_next_atto",
-    "starnet_s1",
-    "repvit_m0_9",
-    "fastvit_t8",
     "poolformer_s12",
     "edgenext_xx_small",
+    "repvit_m0_9",
+    "fastvit_t8",
     "mobilevit_xxs",
     "mobilevitv2_050",
     "efficientformer_l1",
@@ -80,6 +75,13 @@ SMALL = (
     "resmlp_12_224",
     "gmlp_ti16_224",
     "mixer_s32_224",
+    "pit_ti_224",
+    "coat_lite_tiny",
+    "visformer_tiny",
+    "tiny_vit_5m_224",
+    "twins_svt_small",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
 )
 
 

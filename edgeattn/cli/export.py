@@ -98,13 +98,16 @@ def _next(bundle: Bundle) -> list[str]:
     requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
     if place is not None and place.connect:
         lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
-    elif requirements and not manifest.unproven:
+    elif manifest.unproven:
+        lines.append(f"edgeattn profile {path} --device ssh://user@mac    (a Mac: every compute unit)")
+    elif requirements:
         lines.append(f"edgeattn profile {path}")
     if place is not None and place.kind != "host" and not place.connect:
         if place.emulate:
             lines.append("edgeattn device setup qemu    (once: what emulates it)")
             lines.append(f"edgeattn verify {path} --device {manifest.device}    (emulated)")
-        if place.name == manifest.device:  # else a file, which can hold an address itself
+        # Else it is a file, which can hold an address itself; phones have none.
+        if place.name == manifest.device and place.kind not in ("phone", "tablet"):
             lines.append(
                 f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)"
             )

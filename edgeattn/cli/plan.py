@@ -22,6 +22,7 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
     import json
 
     from edgeattn import targets
+    from edgeattn.bundle.bundle import RUNNER_PARTS
     from edgeattn.cli._show import console, table
     from edgeattn.core.errors import ToolchainMissing
     from edgeattn.pipeline.cache import Cache
@@ -49,7 +50,8 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
         lowered = next(p.record for p in plan if p.stage.name == "lower")
         written = [e["file"] for e in lowered.facts["entries"].values()] if lowered else [f"the {target} artifact"]
         files += sorted(set(written))
-    files += ["run.py"] if any(targets.get(target).package() for target in plans) else []
+    if any(targets.get(target).package() for target in plans):
+        files += ["run.py", *(name for target in plans for name in RUNNER_PARTS.get(target, ()))]
     if as_json:
         stages = [
             {

@@ -69,3 +69,8 @@ class Job:
     def from_dict(data: dict[str, Any]) -> Job:
         """The inverse of ``to_dict``."""
         return Job(**{**data, "resolved": Resolved.model_validate(data["resolved"])})
+
+
+def takes_pixels(job: Job) -> bool:
+    """Whether the artifact's first input is asked to be an image of raw pixels, which the recipe says how to read."""
+    return job.settled.get("image", "no") != "no" and job.resolved.recipe.preprocess is not None

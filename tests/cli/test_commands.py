@@ -128,7 +128,7 @@ def test_inspect(edgeattn_cli: Cli, digits: Bundle) -> None:
     shown = edgeattn_cli("inspect", digits.path).stdout
     for words in ("model.onnx", "Conv", "logits", "onnxruntime", "358 of 360"):
         assert words in shown
-    assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 2
+    assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 3
 
 
 def test_another_input_size_is_exported_and_said_not_to_be_scored(edgeattn_cli: Cli, tmp_path: Path) -> None:

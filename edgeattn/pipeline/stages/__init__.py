@@ -14,7 +14,7 @@ from typing import Any
 import edgeattn
 from edgeattn import device as devices
 from edgeattn import targets
-from edgeattn.pipeline.job import Job
+from edgeattn.pipeline.job import Job, takes_pixels
 
 PACKAGE = Path(edgeattn.__file__).parent
 
@@ -53,7 +53,8 @@ def _reference_config(job: Job) -> dict[str, Any]:
     heldout = job.resolved.heldout_sha256
     return {
         "outputs": recipe["outputs"],
-        "preprocess": recipe["preprocess"],
+        "preprocess": recipe["preprocess"] if heldout or takes_pixels(job) else None,
+        "pixels": takes_pixels(job),
         "heldout": heldout,
         "golden": recipe["heldout"]["golden"] if heldout else None,
     }

@@ -15,6 +15,7 @@ from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.job import takes_pixels
 from edgeattn.recipe import Preprocess, Resolved
 
 #: Golden samples of a model without held-out data.
@@ -70,14 +71,14 @@ def preprocessed(raw: Array, preprocess: Preprocess | None) -> Array:
     return scaled
 
 
-def _random_feeds(built: Built, resolved: Resolved) -> Iterator[dict[str, Tensor]]:
-    """Random inputs; where the recipe says how an image is preprocessed, the first one is an image of random pixels."""
+def _random_feeds(built: Built, resolved: Resolved, pixels: bool) -> Iterator[dict[str, Tensor]]:
+    """Random inputs, of which the first one is an image of random pixels where the artifact takes pixels."""
     for i in range(RANDOM_SAMPLES):
         seed = resolved.recipe.seed + 1000 * (i + 1)
         feed, spec = built.random_inputs(seed), built.specs[0]
-        if resolved.recipe.preprocess and len(spec.shape) == 4 and spec.dtype == "float32":
-            pixels = np.random.Generator(np.random.PCG64(seed)).integers(0, 255, size=spec.shape, endpoint=True)
-            feed[spec.name] = torch.from_numpy(preprocessed(pixels, resolved.recipe.preprocess))
+        if pixels and len(spec.shape) == 4:
+            raw = np.random.Generator(np.random.PCG64(seed)).integers(0, 255, size=spec.shape, endpoint=True)
+            feed[spec.name] = torch.from_numpy(preprocessed(raw, resolved.recipe.preprocess))
         yield feed
 
 
@@ -198,7 +199,7 @@ def run(context: Context) -> dict[str, Any]:
         feeds = [{spec.name: torch.from_numpy(part)} for part in parts[:count]]
         facts["data"] = "held-out samples"
     else:
-        feeds = list(_random_feeds(built, resolved))
+        feeds = list(_random_feeds(built, resolved, takes_pixels(context.job)))
     outputs: dict[str, Tensor] = {}
     for i, feed in enumerate(feeds):
         outputs = run_eager(built.model, feed, names)

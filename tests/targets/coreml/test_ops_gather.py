@@ -291,6 +291,42 @@ def test_indices_outside_are_refused(
     run(-1, validate=False)  # counts from the end, as the tables above have it
 
 
+@pytest.mark.parametrize("opset", [15, 16, 17, 18])
+@pytest.mark.parametrize(("op", "allowed", "where", "given"), BOUNDS)
+def test_negative_indices_count_from_the_end_in_every_version(
+    op: str, allowed: list[Any], where: tuple[int, ...], given: dict[str, Any], opset: int
+) -> None:
+    """One index less the size of its dimension is the same index; less once more it is none."""
+    opset = max(opset, 16) if "batch_dims" in given else opset
+    indices = np.array(allowed, np.int32)
+    size = {"gather_along_axis": 2, "scatter_nd": 2}.get(op, 5)
+
+    def run(less: int) -> Array:
+        changed = indices.copy()
+        changed[where] -= less
+        feeds = {"data" if op.startswith("scatter") else "x": X, "indices": changed}
+        if op.startswith("scatter"):
+            feeds["updates"] = np.ones((2,) if op == "scatter_nd" else (2, 2), np.float32)
+        return interpret(lambda **v: getattr(mb, op)(**v, **given), feeds, opset)[0]
+
+    np.testing.assert_array_equal(run(size), run(0))
+    with pytest.raises(CheckFailed):
+        run(2 * size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scattering_leaves_its_source_alone(mode: str) -> None:
+    feeds = {"data": np.full((3, 2), 6, np.float32), "indices": np.array([1], np.int32)}
+    feeds["updates"] = np.full((1, 2), 3 if mode == "min" else 9, np.float32)
+
+    def build(data: Any, indices: Any, updates: Any) -> Any:
+        return mb.scatter(data=data, indices=indices, updates=updates, mode=mode), data
+
+    changed, source = interpret(build, feeds)
+    assert (changed[1] != 6).all()
+    agree([source], [np.full((3, 2), 6)], "float32")
+
+
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode average"):
         OPS["scatter"].function(torch.zeros(2), torch.tensor([0]), torch.ones(1), mode="average")

@@ -89,6 +89,26 @@ def test_a_shape_that_the_first_write_tells() -> None:
     assert empty == [None, None]
 
 
+def test_elements_without_a_shape_cannot_be_gathered() -> None:
+    def build(a: Any) -> Any:
+        ls = mb.make_list(init_length=2, elem_shape=("size",))
+        return mb.list_gather(ls=ls, indices=[0])
+
+    with pytest.raises(CheckFailed, match="read before it is written"):
+        interpret(build, {"a": A})
+
+
+def test_zeros_have_the_type_of_the_list() -> None:
+    """Among zeros of another type this number would not stay whole: float32 has 24 bits."""
+    a = np.array([2**24 + 1], np.int32)
+
+    def build(a: Any) -> Any:
+        ls = mb.list_write(ls=mb.make_list(init_length=2, elem_shape=(1,), dtype="int32"), index=0, value=a)
+        return mb.list_gather(ls=ls, indices=[0, 1])
+
+    np.testing.assert_array_equal(interpret(build, {"a": a})[0], [[2**24 + 1], [0]])
+
+
 def test_reading_beyond_the_end_is_refused() -> None:
     with pytest.raises(CheckFailed, match="cannot be computed"):
         interpret(

@@ -208,6 +208,15 @@ JUDGED = [
         )
         for s, axis in JOINS
     ),
+    Case(
+        "concat",
+        15,
+        NUMBERS,
+        {"x": (3,)},
+        {"axis": 0},
+        lambda axis, x: x[::-1],
+        lambda axis, x: mb.concat(values=[mb.gather(x=x, indices=np.int32(i)) for i in (2, 1, 0)], axis=axis),
+    ),
     *(
         Case(
             "stack",

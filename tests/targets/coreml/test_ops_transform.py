@@ -76,6 +76,8 @@ SLICES: list[tuple[tuple[int, ...], list[int], list[int], dict[str, list[Any]]]]
     ((3, 1, 5), [2, 0, -9], [3, 1, 99], {}),
     ((4, 5), [2, 1], [2, 4], {}),
 ]
+#: Slices in which nothing lies.
+EMPTY: list[tuple[list[int], list[int], list[int]]] = [([1, 0], [3, 4], [-1, 1]), ([0, 2], [5, 2], [1, 1])]
 SIZES: list[tuple[tuple[int, ...], list[int], list[int]]] = [
     ((5,), [1], [3]),
     ((5, 4), [0, 2], [5, -1]),
@@ -160,6 +162,10 @@ JUDGED = [
     *(
         Case("slice_by_index", 15, dtype, {"x": s}, {"begin": b, "end": e, **masks}, slice_by_index)
         for (s, b, e, masks), dtype in zip(SLICES, cycle(ALL.split()[::-1]), strict=False)
+    ),
+    *(
+        Case("slice_by_index", 15, FLOATS, {"x": (5, 4)}, {"begin": b, "end": e, "stride": stride}, slice_by_index)
+        for b, e, stride in EMPTY
     ),
     Case(
         "slice_by_index",
