@@ -18,7 +18,7 @@ def command() -> None:
         target = targets.get(name)
         found = target.availability()
         state = "[green]found[/green]" if found.found else "[yellow]off[/yellow]"
-        options = "\n".join(f"{option}={'|'.join(choices)}" for option, choices in target.options.items())
+        options = "\n".join(f"{option}: {', '.join(choices)}" for option, choices in target.options.items())
         held = ", ".join(target.precisions(None))
         rows.add_row(name, state, held, options, escape(found.detail), escape(found.fix or ""))
     console().print(rows)
