@@ -79,6 +79,8 @@ class Large(torch.nn.Module):
         super().__init__()
         layer = torch.nn.TransformerEncoderLayer(width, 16, 4 * width, batch_first=True, norm_first=True)
         self.encoder = torch.nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        for parameter in self.parameters():  # its layers are copies, whose weights the converter would store once
+            torch.nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) to the same."""
