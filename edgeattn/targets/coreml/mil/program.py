@@ -231,22 +231,29 @@ class Function:
         if step.blocks:
             given["call"] = replace(call, blocks=tuple(self._nested(block, values) for block in step.blocks))
         try:
-            made = step.op.function(**given)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if self.mode != "native" or "not implemented for 'Half'" not in str(error):
-                raise CheckFailed(
-                    "an operation of the Core ML model cannot be computed",
-                    value=call.type,
-                    where=f"module {self._modules.get(call.name) or '(model)'}, operation {call.name}",
-                    why=str(error).splitlines()[0],
-                ) from error
-            wide = {k: v.float() if isinstance(v, Tensor) and v.dtype == torch.half else v for k, v in given.items()}
-            made = step.op.function(**wide)
+            made = self._compute(step.op, given)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckFailed(
+                "an operation of the Core ML model cannot be computed",
+                value=call.type,
+                where=f"module {self._modules.get(call.name) or '(model)'}, operation {call.name}",
+                why=(str(error).splitlines() or [type(error).__name__])[0],
+            ) from error
         results = list(made) if isinstance(made, tuple) else [made]
         return [
             conform(value, declared.dtype, self.mode) if isinstance(value, Tensor) else value
             for value, declared in zip(results, call.outputs, strict=True)
         ]
+
+    def _compute(self, op: Op, given: dict[str, Any]) -> Any:
+        """What an implementation returns; in float32 where torch has no float16 kernel for it."""
+        try:
+            return op.function(**given)
+        except RuntimeError as error:
+            if self.mode != "native" or "not implemented for 'Half'" not in str(error):
+                raise
+        wide = {k: v.float() if isinstance(v, Tensor) and v.dtype == torch.half else v for k, v in given.items()}
+        return op.function(**wide)
 
     def module_of(self, value: str) -> str:
         """Path of the torch module that a value came from; "" if that is not known."""

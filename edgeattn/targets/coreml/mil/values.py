@@ -152,6 +152,10 @@ def decode(value: Any, weights: Weights) -> Any:
         UsageError: a damaged weight file, or a value that does not fit its type.
     """
     dtype, shape = type_of(value.type)
+    if dtype not in (*NUMPY, "string", "list", "dictionary"):
+        raise UsageError(
+            "a value in the Core ML package is of an unknown type", value=dtype, why=f"known are {', '.join(NUMPY)}"
+        )
     if value.WhichOneof("value") == "blobFileValue":
         return weights.read(value.blobFileValue.fileName, value.blobFileValue.offset, dtype, shape or ())
     immediate = value.immediateValue
