@@ -54,13 +54,16 @@ def demo() -> None:
 def test(slow: bool) -> None:
     """Lint, format, types, tests."""
     install("[dev]")
+    # One process a core, each with one thread: most tests wait for processes of their own with one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pytest = [BIN / "python", "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     if slow:
-        run(BIN / "python", "-m", "pytest", "-m", "slow")
+        run(*pytest, "-m", "slow")
         return
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
     run(BIN / "mypy")
-    run(BIN / "python", "-m", "pytest")
+    run(*pytest)
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.utils._pytree import tree_flatten
 
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError, UsageError
 
+#: (min, opt, max) of dimensions that may vary, by input and axis.
+Dynamic = Mapping[str, Mapping[int, tuple[int, int, int]]]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -23,11 +27,13 @@ class Entry:
     Attributes:
         graph: the exported program; it returns a flat tuple of tensors.
         inputs, outputs: names, in the order of the graph.
+        dynamic: (min, opt, max) of the inputs' dimensions that may vary, by input and axis.
     """
 
     graph: torch.export.ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dynamic: Dynamic = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,25 @@ class Program:
         """Write ``ENTRY.pt2`` files into ``folder``; the returned plain data is what ``load`` needs beside them."""
         for name, entry in self.entries.items():
             torch.export.save(entry.graph, folder / f"{name}.pt2")
-        return {name: {"inputs": list(e.inputs), "outputs": list(e.outputs)} for name, e in self.entries.items()}
+        names: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            names[name] = {"inputs": list(entry.inputs), "outputs": list(entry.outputs)}
+            if entry.dynamic:  # JSON has no numbers as keys
+                ranges = {i: [[axis, *ends] for axis, ends in axes.items()] for i, axes in entry.dynamic.items()}
+                names[name]["dynamic"] = ranges
+        return names
 
     @staticmethod
-    def load(folder: Path, names: Mapping[str, Mapping[str, list[str]]]) -> Program:
+    def load(folder: Path, names: Mapping[str, Mapping[str, Any]]) -> Program:
         """Read what ``save`` wrote."""
         return Program(
             {
-                name: Entry(torch.export.load(folder / f"{name}.pt2"), tuple(n["inputs"]), tuple(n["outputs"]))
+                name: Entry(
+                    torch.export.load(folder / f"{name}.pt2"),
+                    tuple(n["inputs"]),
+                    tuple(n["outputs"]),
+                    {i: {axis: (a, b, c) for axis, a, b, c in axes} for i, axes in n.get("dynamic", {}).items()},
+                )
                 for name, n in names.items()
             }
         )
@@ -162,23 +179,28 @@ def capture(
     inputs: Mapping[str, Tensor],
     outputs: tuple[str, ...],
     exporter: Callable[..., torch.export.ExportedProgram] = torch.export.export,
+    dynamic: Dynamic | None = None,
 ) -> Program:
-    """Export ``model`` in eval mode for static shapes, as the single entry ``main``.
+    """Export ``model`` in eval mode as the single entry ``main``, for the shapes of ``inputs``.
 
     Args:
-        inputs: example tensors by name, in the order of ``forward``.
+        inputs: example tensors by name, in the order of ``forward``; a dimension that may vary has at least 2 in them.
         outputs: names of the flattened outputs.
+        dynamic: dimensions that may vary. Those of several inputs may have to be equal, as batches are, if their ranges
+            are the same.
 
     Raises:
-        ConversionFailed: the graph cannot be captured; names the module whose code stands in the way.
+        ConversionFailed: the graph cannot be captured; names the module whose code stands in the way, or the input and
+            axis that cannot vary over their whole range.
     """
+    dynamic = {name: axes for name, axes in (dynamic or {}).items() if axes}
     path = ModulePath()
     # The graph returns the tensors alone, whatever containers, numbers or named tuples the model puts them in.
     flatten = model.register_forward_hook(lambda module, args, result: tensors_of(result))
     try:
         with torch.no_grad(), warnings.catch_warnings(), path.follow(model):
             warnings.simplefilter("ignore")
-            graph = exporter(model, own_copies(inputs))
+            graph = _export_ranges(model, inputs, dynamic, exporter) if dynamic else exporter(model, own_copies(inputs))
     except EdgeAttnError:
         raise
     except Exception as error:
@@ -194,7 +216,160 @@ def capture(
     for module in graph.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # file paths of this machine, in every node
-    return Program({"main": Entry(graph, tuple(inputs), outputs)})
+    return Program({"main": Entry(graph, tuple(inputs), outputs, dynamic)})
+
+
+#: Number of an input, and an axis of it.
+_Place = tuple[int, int]
+#: A dimension as torch.export is told to call it, by its place, and as its messages explain it.
+_DIM = re.compile(r"dim_(\d+)_(\d+)(?: = L\[[^]]*\](?:\[\d+\])?\.size\(\)\[\d+\])?")
+
+
+def _export_ranges(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    exporter: Callable[..., torch.export.ExportedProgram],
+) -> torch.export.ExportedProgram:
+    """Export with every range held to: named dimensions, unlike ``Dim.AUTO``, may neither shrink nor become constant.
+
+    Raises:
+        ConversionFailed: a dimension cannot vary over its range.
+    """
+    order = list(inputs)
+    axes = {(order.index(name), axis): ends for name, found in dynamic.items() for axis, ends in found.items()}
+    leaders = {place: place for place in axes}  # of the dimensions that are one, the first
+    while True:
+        args, shapes = own_copies(inputs), torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+        dims = {}
+        for i, axis in set(leaders.values()):
+            low, _, high = axes[i, axis]
+            dims[i, axis] = torch.export.Dim(f"dim_{i}_{axis}", min=low, max=high)
+        for name, found in dynamic.items():
+            i = order.index(name)
+            shapes[args[i]] = {axis: dims[leaders[i, axis]] for axis in found}
+        with _narrowed(model, list(axes)) as blamed:
+            try:
+                graph = exporter(model, args, dynamic_shapes=shapes)
+            except Exception as error:
+                lines = [line.strip(" -\t") for line in str(error).splitlines()]
+                if not any(map(_places, lines)):
+                    raise
+                if not _join(lines, axes, leaders):
+                    raise _cannot_vary(lines, order, axes, blamed) from error
+            else:
+                _check_ranges(graph, order, axes)
+                return graph
+
+
+def _places(text: str) -> list[_Place]:
+    return [(int(i), int(axis)) for i, axis in _DIM.findall(text)]
+
+
+def _join(lines: list[str], axes: Mapping[_Place, tuple[int, int, int]], leaders: dict[_Place, _Place]) -> bool:
+    """Make one dimension of those of several inputs that must be equal, if their ranges are; False if there are none.
+
+    Axes of a single input stay apart: the recipe lets them vary one by one, which they could not.
+    """
+    joined = False
+    for line in lines:
+        found = sorted(_places(line)) if "must always be equal" in line else []
+        members = [place for place, leader in leaders.items() if leader in found]
+        if (
+            len(found) == 2
+            and len({axes[place] for place in found}) == 1
+            and len({i for i, _ in members}) == len(members)
+        ):
+            leaders.update(dict.fromkeys(members, found[0]))
+            joined = True
+    return joined
+
+
+def _cannot_vary(
+    lines: list[str],
+    order: list[str],
+    axes: Mapping[_Place, tuple[int, int, int]],
+    blamed: Mapping[_Place, str],
+) -> ConversionFailed:
+    """torch.export's message about dimensions, in words that name inputs and axes."""
+    at = next(place for line in lines for place in _places(line))
+
+    def named(text: str) -> str:
+        text = _DIM.sub(lambda match: f"axis {match[2]} of {order[int(match[1])]}", text)
+        text = re.sub(r"L\[[^]]*\](?:\[\d+\])?\.size\(\)\[(\d+)\]", r"size(\1)", text)
+        text = re.sub(r"Not all values of .* satisfy the generated guard (.*)", r"not every size satisfies \1", text)
+        return re.sub(r"You marked (.*) as dynamic but .* a constant \((\d+)\).*", r"\1 is always \2", text)
+
+    end = next((i for i, line in enumerate(lines) if line.startswith("Suggested fixes")), len(lines))
+    reasons = [line for line in lines[1:end] if _places(line)] or lines[:1]
+    first = next((reason for reason in reasons if at in _places(reason)), reasons[0])
+    low, _, high = axes[at]
+    return ConversionFailed(
+        "a dimension of an input cannot vary",
+        value=f"{low} to {high}",
+        where=f"input {order[at[0]]}, axis {at[1]}" + (f"; module {blamed[at] or '(model)'}" if at in blamed else ""),
+        why=f"in the captured graph: {named(first)[:400]}",
+        fix="give both the same range, or neither" if "must always be equal" in first else _NOT_DYNAMIC,
+        details=[named(reason)[:400] for reason in reasons if reason is not first][:5],
+    )
+
+
+_NOT_DYNAMIC = "remove the range of this axis, or write the model's code for any size of it"
+
+
+@contextlib.contextmanager
+def _narrowed(model: nn.Module, places: list[_Place]) -> Iterator[dict[_Place, str]]:
+    """In which module each dimension lost a part of its range, while ``model`` is exported.
+
+    torch has no public way to ask; where this one fails the module is not known.
+    """
+    sizes: dict[_Place, tuple[Any, str]] = {}
+    found: dict[_Place, str] = {}
+
+    def state(size: Any) -> str:
+        return f"{size.node.expr} {size.node.shape_env.bound_sympy(size.node.expr)}"
+
+    def begin(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        with contextlib.suppress(Exception):
+            sizes.update({(i, axis): (args[i].shape[axis], state(args[i].shape[axis])) for i, axis in places})
+
+    def leave(path: str) -> None:
+        with contextlib.suppress(Exception):
+            for place, (size, before) in sizes.items():
+                if place not in found and state(size) != before:
+                    found[place] = path
+
+    # Children are left before their parents are: the first one to see a change is the innermost.
+    handles: list[Any] = [model.register_forward_pre_hook(begin)]
+    handles += [m.register_forward_hook(lambda *_, path=path: leave(path)) for path, m in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_ranges(
+    graph: torch.export.ExportedProgram, order: list[str], axes: Mapping[_Place, tuple[int, int, int]]
+) -> None:
+    """Whether the graph takes every dimension over its whole range; an exporter may narrow one without a word.
+
+    Raises:
+        ConversionFailed: it does not.
+    """
+    users = graph.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
+    for (i, axis), (low, _, high) in axes.items():
+        size: Any = values[str(users[i])].shape[axis]
+        held = None if isinstance(size, int) else graph.range_constraints.get(size.node.expr)
+        if held is None or held.lower > low or held.upper < high:
+            raise ConversionFailed(
+                "a dimension of an input cannot vary",
+                value=f"{low} to {high}",
+                where=f"input {order[i]}, axis {axis}",
+                why=f"the captured graph takes {size if held is None else f'{held.lower} to {held.upper}'}",
+                fix=_NOT_DYNAMIC,
+            )
 
 
 #: Whose lines are no news to a user: torch's, and ours apart from the models.

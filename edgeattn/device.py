@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ _OS_BITS = {"armv7l": 32, "aarch64": 64, "arm64": 64}
 Deployment = Literal[
     "iOS15", "iOS16", "iOS17", "iOS18", "iOS26", "macOS12", "macOS13", "macOS14", "macOS15", "macOS26"
 ]  # fmt: skip
+#: Precisions that a device's peak is stated for.
+PEAKS = ("fp32", "fp16", "fp8", "w8a8")
 
 
 def check_url(url: str) -> None:
@@ -66,8 +69,9 @@ class Device(schema.Strict):
         os_bits: whether its system is a 32-bit or a 64-bit one, whatever its kernel.
         targets: which targets can run there, best first.
         chip: the system on a chip, where what a target can do depends on more of it than its CPU.
-        cpu: the cores' name. cores: their number. clock_ghz: their highest clock. memory_gb: RAM.
-        bandwidth_gb_s: of the memory. bandwidth_kind: whether that is documented, measured, or computed from the
+        cpu: the cores' name. cores: their number. clock_ghz: their highest clock. memory_gb: RAM; for a
+            kind "gpu" the GPU's own.
+        bandwidth_gb_s: of that memory. bandwidth_kind: whether that is documented, measured, or computed from the
             memory's data rate and width.
         extensions: instruction set extensions that the kernels can use.
         sources: where the figures come from.
@@ -75,6 +79,12 @@ class Device(schema.Strict):
         wheels: versions of distributions that are known to exist for it.
         deployment_target: the system that Core ML packages are made for, where nothing else is asked for.
         int8_activations: whether Core ML computes faster there where weights and activations are int8 ones.
+        compute_capability: what NVIDIA calls the features of the GPU, such as "8.6".
+        flavour: which TensorRT runs there: "rtx" is TensorRT for RTX, whose engines are built on any x86-64 Linux,
+            no GPU needed; "full" is TensorRT 10 or 11 of JetPack and of servers, whose engines are built on the device.
+        peak: the most arithmetic of the GPU, by precision (fp32, fp16, fp8, w8a8), in TFLOPS, for w8a8 in TOPS: dense,
+            with the fastest accumulation, fp32 without TF32, and without accelerators beside the GPU. A bound that no
+            model reaches, and not whether TensorRT can use the precision.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
         folder: where bundles are put on it while they run. python: its Python, where that is not ``python3``.
@@ -100,6 +110,9 @@ class Device(schema.Strict):
     wheels: dict[str, str] = Field(default_factory=dict)
     deployment_target: Deployment | None = None
     int8_activations: bool | None = None
+    compute_capability: str | None = None
+    flavour: Literal["rtx", "full"] | None = Field(default=None, validate_default=True)
+    peak: dict[str, float] = Field(default_factory=dict)
     connect: str | None = None
     emulate: Literal["", "cortex-a53", "cortex-a72", "cortex-a76"] = ""
     identity: str | None = None
@@ -131,6 +144,38 @@ class Device(schema.Strict):
         handheld = info.data.get("kind") in ("phone", "tablet")
         if isinstance(value, str) and value.startswith("macOS") == handheld:
             raise ValueError(f"a {info.data.get('kind')} does not run it")
+        return value
+
+    @field_validator("compute_capability", "flavour", "peak")
+    @classmethod
+    def _of_tensorrt(cls, value: str | dict[str, float] | None, info: ValidationInfo) -> str | dict[str, float] | None:
+        targets = info.data.get("targets", ("tensorrt",))
+        if value and "tensorrt" not in targets:
+            raise ValueError(f"is of target tensorrt, which is not among the targets, {', '.join(targets)}")
+        return value
+
+    @field_validator("compute_capability")
+    @classmethod
+    def _two_numbers(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[0-9]+\.[0-9]", value):
+            raise ValueError("must be two numbers with a point between, such as 8.6 or 12.0")
+        return value
+
+    @field_validator("flavour")
+    @classmethod
+    def _with_capability(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # One that is not valid is not in the data, and has an error of its own.
+        if (value is None) != (info.data.get("compute_capability", value) is None):
+            raise ValueError("compute_capability and flavour go together")
+        return value
+
+    @field_validator("peak")
+    @classmethod
+    def _of_precisions(cls, value: dict[str, float]) -> dict[str, float]:
+        if other := [name for name in value if name not in PEAKS]:
+            raise ValueError(f"{', '.join(other)} is not a precision of peaks, which are {', '.join(PEAKS)}")
+        if wrong := [name for name, peak in value.items() if not 0 < peak < math.inf]:
+            raise ValueError(f"{', '.join(wrong)} must be a number above 0")
         return value
 
     @field_validator("runtimes")

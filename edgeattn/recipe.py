@@ -9,12 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_data, sha256_file
-from edgeattn.core.specs import DTYPES, LARGEST, TensorSpec, parse_spec, range_fault
+from edgeattn.core.specs import DTYPES, LARGEST, Ranges, TensorSpec, dynamic_fault, parse_spec, range_fault
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -44,12 +51,17 @@ class ModelSpec(schema.Strict):
 
 
 class InputSpec(schema.Strict):
-    """Shape, dtype and random range of one input; see ``core.specs.TensorSpec``."""
+    """Shape, dtype and random range of one input; see ``core.specs.TensorSpec``.
+
+    Attributes:
+        dynamic: (min, opt, max) of the dimensions that may vary, by axis; opt is the shape's own number.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     low: float | None = None
     high: float | None = None
+    dynamic: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @field_validator("shape")
     @classmethod
@@ -59,6 +71,36 @@ class InputSpec(schema.Strict):
         if math.prod(value) > LARGEST:
             raise ValueError(f"more than {LARGEST:,} elements")
         return value
+
+    @field_validator("dynamic", mode="before")
+    @classmethod
+    def _tuples(cls, value: Any) -> Any:
+        return (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+        )
+
+    @field_validator("dynamic")
+    @classmethod
+    def _varies(cls, value: dict[str, tuple[int, ...]], info: ValidationInfo) -> dict[str, tuple[int, ...]]:
+        if strange := [axis for axis in value if not axis.isascii() or not axis.isdigit() or axis != str(int(axis))]:
+            raise ValueError(f"axis {strange[0]!r}: an axis is a number from 0")
+        shape = info.data.get("shape")  # absent where it is wrong itself
+        if shape is not None and (fault := dynamic_fault(shape, {int(axis): ends for axis, ends in value.items()})):
+            raise ValueError(fault)
+        return value
+
+    @model_serializer(mode="wrap")
+    def _terse(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ranges as if there were none to give: digests and keys of static recipes stay what they were."""
+        data: dict[str, Any] = plain(self)
+        if not self.dynamic:
+            del data["dynamic"]
+        return data
+
+    @property
+    def ranges(self) -> Ranges:
+        """The dimensions that may vary, as in ``core.specs.TensorSpec``."""
+        return tuple(sorted((int(axis), low, opt, high) for axis, (low, opt, high) in self.dynamic.items()))
 
     @field_validator("dtype")
     @classmethod
@@ -148,7 +190,7 @@ class Recipe(schema.Strict):
 
     def specs(self) -> list[TensorSpec]:
         """The inputs in order."""
-        return [TensorSpec(name, s.shape, s.dtype, s.low, s.high) for name, s in self.inputs.items()]
+        return [TensorSpec(name, s.shape, s.dtype, s.low, s.high, s.ranges) for name, s in self.inputs.items()]
 
 
 class Resolved(schema.Strict):
@@ -277,7 +319,16 @@ def resolve(
     twice = sorted({s.name for s in specs if [other.name for other in specs].count(s.name) > 1})
     if twice:
         raise UsageError("an input is given twice", value=", ".join(twice), where="--input", fix="give each once")
-    given = {s.name: InputSpec(shape=s.shape, dtype=s.dtype, low=s.low, high=s.high) for s in specs}
+    given = {
+        s.name: InputSpec(
+            shape=s.shape,
+            dtype=s.dtype,
+            low=s.low,
+            high=s.high,
+            dynamic={str(axis): tuple(ends) for axis, *ends in s.dynamic},
+        )
+        for s in specs
+    }
     folder, where = Path.cwd(), "the command line"
     if text.endswith(".toml"):
         recipe, folder, where = load(Path(text)), Path(text).resolve().parent, text

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,3 +145,123 @@ def test_another_number_of_names_is_a_usage_error(wanted):
 
 def test_no_gradients_are_kept():
     assert not run_eager(nn.Linear(4, 4), {"x": X}, ())["output"].requires_grad
+
+
+# Dimensions that may vary
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().mean((2, 3)))
+
+
+class Of(nn.Module):
+    """Whatever a function makes of its inputs."""
+
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.what(*inputs)
+
+
+BATCH = {0: (1, 4, 8)}
+IMAGES = {0: (1, 4, 8), 2: (8, 16, 32), 3: (8, 12, 32)}
+
+
+def fails_to_vary(model, inputs, dynamic, **options):
+    with pytest.raises(ConversionFailed, match="cannot vary") as caught:
+        capture(model.eval(), inputs, ("y",), dynamic=dynamic, **options)
+    assert caught.value.exit_code == 4
+    assert caught.value.fix
+    assert "dim_" not in str(caught.value)
+    assert hooks(model) == 0
+    return caught.value
+
+
+@pytest.mark.parametrize("model", [Images(), nn.Sequential(Images(), nn.ReLU())])
+def test_a_program_takes_every_shape_of_its_ranges(model, tmp_path):
+    program = capture(model.eval(), {"x": torch.randn(4, 3, 16, 12)}, ("y",), dynamic={"x": IMAGES})
+    names = json.loads(json.dumps(program.save(tmp_path)))
+    for entry in (program.entries["main"], Program.load(tmp_path, names).entries["main"]):
+        assert entry.dynamic == {"x": IMAGES}
+        run = entry.graph.module()
+        for shape in [(1, 3, 8, 8), (4, 3, 16, 12), (8, 3, 32, 32), (1, 3, 9, 31)]:
+            x = torch.randn(shape)
+            assert torch.allclose(run(x)[0], model(x))
+        for shape in [(9, 3, 16, 12), (4, 3, 7, 12), (4, 4, 16, 12)]:
+            with pytest.raises(Exception, match=r"(?i)guard|shape|expected"):
+                run(torch.randn(shape))
+
+
+def test_without_ranges_the_program_is_static(tmp_path):
+    for dynamic in (None, {}, {"x": {}}):
+        program = capture(nn.Linear(4, 3).eval(), {"x": X}, ("y",), dynamic=dynamic)
+        assert program.entries["main"].dynamic == {}
+        assert not program.entries["main"].graph.range_constraints
+        assert program.save(tmp_path) == {"main": {"inputs": ["x"], "outputs": ["y"]}}
+
+
+def test_a_batch_that_several_inputs_share():
+    inputs = {"x.1": torch.randn(4, 3), "mask": torch.randn(4, 3), "bias": torch.randn(4, 3)}
+    model = Of(lambda x, mask, bias: x * mask + bias).eval()
+    program = capture(model, inputs, ("y",), dynamic=dict.fromkeys(inputs, BATCH))
+    for batch in (1, 8):
+        feeds = [torch.randn(batch, 3) for _ in inputs]
+        assert torch.equal(program.entries["main"].graph.module()(*feeds)[0], model(*feeds))
+
+
+@pytest.mark.parametrize(
+    ("what", "ranges", "where", "why"),
+    [
+        (lambda x: x.reshape(4, -1), BATCH, "input x, axis 0; module 1", "axis 0 of x is always 4"),
+        (lambda x: x * int(x.shape[0]), BATCH, "input x, axis 0; module 1", "axis 0 of x is always 4"),
+        (lambda x: x * 2 if x.shape[0] > 2 else x, BATCH, "input x, axis 0; module 1", "not every size satisfies"),
+        (lambda x: x.reshape(-1, 3, 16, 12), IMAGES, "input x, axis 2; module 1", "axis 2 of x is always 16"),
+        (lambda x: x.unflatten(2, (-1, 4)), {2: (8, 16, 32)}, "input x, axis 2", "not every size satisfies"),
+    ],
+    ids=["constant", "number", "branch", "size", "multiple"],
+)
+def test_a_dimension_that_the_model_fixes_is_named_with_the_module(what, ranges, where, why):
+    model = nn.Sequential(nn.ReLU(), Of(what), nn.ReLU())
+    error = fails_to_vary(model, {"x": torch.randn(4, 3, 16, 12)}, {"x": ranges})
+    assert str(error.where).startswith(where)
+    assert why in str(error.why)
+
+
+def test_dimensions_that_must_be_equal_and_are_not_declared_so():
+    add = Of(torch.add)
+    error = fails_to_vary(add, {"x": X, "y": X}, {"x": {0: (1, 2, 8)}, "y": {0: (2, 2, 8)}})
+    assert str(error.where).startswith("input y, axis 0")
+    assert "axis 0 of y and axis 0 of x must always be equal" in str(error.why)
+    assert error.fix == "give both the same range, or neither"
+    error = fails_to_vary(add, {"x": X, "y": X}, {"y": {0: (1, 2, 8)}})
+    assert str(error.where).startswith("input y, axis 0")
+    square = {"x": {0: (1, 4, 8), 1: (1, 4, 8)}}
+    error = fails_to_vary(Of(lambda x: x @ x), {"x": torch.randn(4, 4)}, square)
+    assert str(error.where).startswith("input x, axis 1")
+
+
+def test_a_range_that_the_exporter_drops_in_silence_is_found():
+    def forgetful(model, args, dynamic_shapes):
+        return torch.export.export(model, args)
+
+    def narrow(model, args, dynamic_shapes):
+        return torch.export.export(model, args, dynamic_shapes=({0: torch.export.Dim("n", min=2, max=8)},))
+
+    for exporter, held in ((forgetful, "takes 2"), (narrow, "takes 2 to 8")):
+        error = fails_to_vary(nn.ReLU(), {"x": X}, {"x": BATCH}, exporter=exporter)
+        assert error.where == "input x, axis 0"
+        assert held in str(error.why)
+
+
+def test_another_error_of_a_dynamic_capture_stays_what_it_was():
+    with pytest.raises(ConversionFailed, match="cannot be captured") as caught:
+        capture(Branches().eval(), {"x": X}, ("y",), dynamic={"x": {0: (1, 2, 8)}})
+    assert caught.value.where == "module (model)"

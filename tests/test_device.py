@@ -16,6 +16,7 @@ from edgeattn.device import Device
 
 PHONE = 'name = "p"\ndescription = "a phone"\nkind = "phone"\nmachine = "arm64"\ntargets = ["coreml"]\n'
 GOOD = 'name = "d"\ndescription = "a device"\nkind = "board"\nmachine = "aarch64"\ntargets = ["onnx"]\n'
+GPU = GOOD.replace('["onnx"]', '["tensorrt", "onnx"]')
 BOARD = {"description": "mine", "kind": "board", "machine": "any", "targets": ["tflite", "onnx"]}
 
 
@@ -60,6 +61,19 @@ def test_a_file(tmp_path: Path) -> None:
         (PHONE + 'deployment_target = "macOS15"', "deployment_target: given 'macOS15'; a phone does not run it"),
         (PHONE.replace("phone", "laptop") + 'deployment_target = "iOS18"', "given 'iOS18'; a laptop does not run it"),
         (PHONE + 'int8_activations = "yes"', "int8_activations: given 'yes';"),
+        (GOOD + 'compute_capability = "8.6"', "is of target tensorrt, which is not among the targets, onnx"),
+        (GOOD + 'flavour = "rtx"', "flavour: given 'rtx'; is of target tensorrt, which is not among the targets, onnx"),
+        (GOOD + "peak = {fp32 = 1.0}", "is of target tensorrt, which is not among the targets, onnx"),
+        (GPU + 'compute_capability = "8.6"', "compute_capability and flavour go together"),
+        (GPU + 'flavour = "rtx"', "flavour: given 'rtx'; compute_capability and flavour go together"),
+        (GPU + 'flavour = "lite"', "flavour: given 'lite';"),
+        (GPU + "peak = {int8 = 1.0}", "int8 is not a precision of peaks, which are fp32, fp16, fp8, w8a8"),
+        (GPU + "peak = {fp32 = 1.0, fp16 = 0}", "fp16 must be a number above 0"),
+        (GPU + "peak = {fp8 = -1.0}", "fp8 must be a number above 0"),
+        (GPU + "peak = {w8a8 = inf}", "w8a8 must be a number above 0"),
+        (GPU + "peak = {w8a8 = nan}", "w8a8 must be a number above 0"),
+        (GPU + 'peak = {fp16 = "65"}', "peak.fp16: given '65';"),
+        (GPU + "peak = 65.0", "peak: given 65.0;"),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path: Path, text: str, word: str) -> None:
@@ -116,6 +130,23 @@ def test_a_system_that_packages_are_made_for(tmp_path: Path, kind: str, system: 
     found = load(tmp_path, text + f'deployment_target = "{system}"\nint8_activations = true\nchip = "Apple A17 Pro"\n')
     assert (found.deployment_target, found.int8_activations, found.chip) == (system, True, "Apple A17 Pro")
     assert load(tmp_path, text).int8_activations is load(tmp_path, text).deployment_target is None
+
+
+@pytest.mark.parametrize("flavour", ["rtx", "full"])
+def test_a_gpu_of_tensorrt(tmp_path: Path, flavour: str) -> None:
+    text = GPU + f'compute_capability = "12.0"\nflavour = "{flavour}"\n'
+    found = load(tmp_path, text + "[peak]\nfp32 = 1\nfp16 = 2.5\nfp8 = 5.0\nw8a8 = 5.0\n")
+    assert (found.compute_capability, found.flavour) == ("12.0", flavour)
+    assert found.peak == {"fp32": 1.0, "fp16": 2.5, "fp8": 5.0, "w8a8": 5.0}
+    assert load(tmp_path, text).peak == {}
+    assert load(tmp_path, GPU).compute_capability is load(tmp_path, GPU).flavour is None
+
+
+@pytest.mark.parametrize("capability", ["8", "8.", ".6", "8.67", "sm_86", "86", "8.6 ", "8,6", "\u0668.\u0666", ""])
+def test_a_compute_capability_is_two_numbers(tmp_path: Path, capability: str) -> None:
+    with pytest.raises(UsageError, match="must be two numbers with a point between") as caught:
+        load(tmp_path, GPU + f'compute_capability = "{capability}"\nflavour = "rtx"\n')
+    assert not caught.value.details, "one mistake is one error"
 
 
 def test_an_unknown_name_gives_the_closest() -> None:
@@ -214,6 +245,15 @@ def test_own_fields_win_and_the_base_fills_in(own: Path, low: dict[str, Any], hi
     if "sources" in wanted:
         wanted["sources"] = [*low.get("sources", []), *high.get("sources", [])]
     assert {key: loose(value) for key, value in found.items()} == wanted
+
+
+def test_a_peak_is_stored_and_comes_from_the_base(own: Path) -> None:
+    fields = {**BOARD, "targets": ["tensorrt"], "compute_capability": "8.7", "flavour": "full", "peak": {"fp16": 17.0}}
+    device.store("low", fields)
+    device.store("mine", {"base": "low", "peak": {"w8a8": 33.0}})
+    found = device.resolve("mine")
+    assert device.resolve("low").peak == {"fp16": 17.0}
+    assert (found.compute_capability, found.flavour, found.peak) == ("8.7", "full", {"w8a8": 33.0})
 
 
 def test_a_device_is_not_replaced_unless_forced(own: Path) -> None:

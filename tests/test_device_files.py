@@ -23,16 +23,42 @@ APPLE = {
     "macbook-m1": ("Apple M1", False),
     "macbook-m3": ("Apple M3", False),
 }
+#: Compute capability, flavour of TensorRT, memory.
+NVIDIA = {
+    "jetson-orin-nano": ("8.7", "full", 8),
+    "jetson-orin-nx": ("8.7", "full", 16),
+    "jetson-agx-orin": ("8.7", "full", 64),
+    "t4": ("7.5", "rtx", 16),
+    "a10": ("8.6", "rtx", 24),
+    "l4": ("8.9", "rtx", 24),
+    "rtx-4090": ("8.9", "rtx", 24),
+    "rtx-5090": ("12.0", "rtx", 32),
+    "h200": ("9.0", "rtx", 141),
+}
+#: Peaks that NVIDIA prints with sparsity: the first number is theirs.
+SPARSE = {
+    ("jetson-orin-nano", "w8a8"): 67,
+    ("jetson-agx-orin", "fp16"): 85,
+    ("jetson-agx-orin", "w8a8"): 170,
+    ("l4", "fp16"): 242,
+    ("l4", "fp8"): 485,
+    ("l4", "w8a8"): 485,
+    ("h200", "fp16"): 1979,
+    ("h200", "fp8"): 3958,
+    ("h200", "w8a8"): 3958,
+}
 #: What a file says of the hardware; each needs a source that names it.
-FIGURES = ("chip", "cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions")
+FIGURES = ("chip", "cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions", "peak")
 #: And of the system.
 SYSTEM = ("deployment_target", "int8_activations")
+#: And of TensorRT.
+TENSORRT = ("compute_capability", "flavour")
 
 
-def test_the_boards_of_the_raspberry_pi_and_the_devices_of_apple_are_there() -> None:
+def test_the_boards_of_the_raspberry_pi_and_the_devices_of_apple_and_nvidia_are_there() -> None:
     models = [f"raspberry-pi-{model}" for model in ("zero-2w", "3b", "4", "5")]
     assert {*models, *(f"{model}-32bit" for model in models)} == set(BOARDS)
-    assert {*BOARDS, *APPLE, "host"} == set(SHIPPED)
+    assert {*BOARDS, *APPLE, *NVIDIA, "host"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -40,7 +66,7 @@ def test_a_file_is_valid_under_its_name(name: str) -> None:
     assert device.resolve(name).name == name
 
 
-@pytest.mark.parametrize("name", [*BOARDS, *APPLE])
+@pytest.mark.parametrize("name", [*BOARDS, *APPLE, *NVIDIA])
 def test_every_figure_has_a_source(name: str) -> None:
     found = device.resolve(name)
     named: set[str] = set()
@@ -50,12 +76,14 @@ def test_every_figure_has_a_source(name: str) -> None:
         named |= {figure + (match["when"] or "") for figure in match["figures"].split(", ")}
     under = " under a 32-bit system" if found.os_bits == 32 else ""
     stated = {figure for figure in FIGURES if getattr(found, figure)}
-    stated |= {figure for figure in SYSTEM if getattr(found, figure) is not None}
+    stated |= {figure for figure in (*SYSTEM, *TENSORRT) if getattr(found, figure) is not None}
     wanted = {figure + (under if figure == "extensions" else "") for figure in stated}
     assert wanted <= named <= wanted | {"extensions"}, "a source for each figure, a figure for each source"
-    least = (
-        {"chip", "cores", "memory_gb", *SYSTEM} if name in APPLE else {"cpu", "cores", "clock_ghz", "bandwidth_gb_s"}
-    )
+    least = {"cpu", "cores", "clock_ghz", "bandwidth_gb_s"}
+    if name in APPLE:
+        least = {"chip", "cores", "memory_gb", *SYSTEM}
+    elif name in NVIDIA:
+        least = {"chip", "bandwidth_gb_s", "peak", *TENSORRT} | (least if found.kind == "board" else set())
     assert least | {"memory_gb"} <= stated
 
 
@@ -94,6 +122,33 @@ def test_an_apple_device_runs_core_ml_alone(name: str) -> None:
     assert found.kind == {"iphone": "phone", "ipad": "tablet", "macbook": "laptop"}[name.partition("-")[0]]
     assert found.deployment_target == ("macOS15" if found.kind == "laptop" else "iOS18")
     assert make_job("fmvit-digits", device=name, check_tools=False).target == "coreml"
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+def test_an_nvidia_device_says_what_tensorrt_needs_to_know(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.compute_capability, found.flavour, found.memory_gb) == NVIDIA[name]
+    assert found.targets == ("tensorrt", "onnx")
+    jetson = name.startswith("jetson-")
+    # TensorRT for RTX is for x86-64 alone.
+    assert (found.kind, found.machine) == (("board", "aarch64") if jetson else ("gpu", "x86_64"))
+    assert (found.flavour == "full") == jetson
+    assert found.bandwidth_kind in ("documented", "computed"), "nothing was measured"
+    assert found.emulate == ""
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+def test_peaks_are_dense_and_grow_as_numbers_shrink(name: str) -> None:
+    found = device.resolve(name)
+    # FP8 is in the Tensor Cores from 8.9 on.
+    eight = tuple(map(int, str(found.compute_capability).split("."))) >= (8, 9)
+    assert set(found.peak) == {"fp32", "fp16", "w8a8", *(["fp8"] if eight else [])}
+    assert found.peak["fp32"] < found.peak["fp16"] < found.peak["w8a8"] == found.peak.get("fp8", found.peak["w8a8"])
+    # Tensor Cores do twice as many operations on half as many bits; NVIDIA rounds.
+    assert found.peak["w8a8"] == pytest.approx(2 * found.peak["fp16"], rel=0.04)
+    for (which, precision), sparse in SPARSE.items():
+        if which == name:
+            assert found.peak[precision] == pytest.approx(sparse / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("target", ["onnx", "rpi"])

@@ -81,7 +81,7 @@ KEYS = [
     for key in {
         (): ("description", "outputs", "preprocess", "heldout", "inputs", "model", "seed", "name"),
         ("model",): ("factory", "checkpoint", "args"),
-        ("inputs", "x"): ("shape", "dtype", "low", "high"),
+        ("inputs", "x"): ("shape", "dtype", "low", "high", "dynamic"),
         ("preprocess",): ("scale", "mean", "std"),
         ("heldout",): ("file", "golden"),
     }[path]
@@ -97,6 +97,10 @@ def test_a_misspelt_key_anywhere_names_the_one_that_was_meant(path, key):
     wrong = key[:-1] + "q" + key[-1]
     table[wrong] = 1
     assert f"{'.'.join((*path, wrong))}: unknown key; did you mean {key!r}?" in mistake(data)
+
+
+def dynamic(ranges):
+    return {"inputs": {"x": {"shape": [1, 3], "dynamic": ranges}}}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,20 @@ def test_a_misspelt_key_anywhere_names_the_one_that_was_meant(path, key):
         ({"inputs": {"x": {"shape": [1], "low": 1.0}}}, "a range needs both low and high"),
         ({"inputs": {"x": {"shape": [1], "low": 2.0, "high": 1.0}}}, "low is above high"),
         ({"inputs": {"x": {"shape": [1], "dtype": "uint8", "low": 0, "high": 256}}}, "uint8 holds 0..255"),
+        (
+            dynamic({"0": [1, 2, 8]}),
+            "inputs.x.dynamic: given {'0': [1, 2, 8]}; axis 0: opt 2 is not the 1 of the shape",
+        ),
+        (dynamic({"0": [2, 1, 8]}), "axis 0: 2, 1, 8 are not in the order min, opt, max"),
+        (dynamic({"0": [1, 1]}), "axis 0: a range is min, opt and max"),
+        (dynamic({"0": [1, 1, 1]}), "axis 0: min and max are both 1"),
+        (dynamic({"2": [1, 1, 8]}), "axis 2: the shape has axes 0 to 1"),
+        (dynamic({"-1": [1, 1, 8]}), "axis '-1': an axis is a number from 0"),
+        (dynamic({"batch": [1, 1, 8]}), "axis 'batch': an axis is a number from 0"),
+        (dynamic({"01": [1, 1, 8]}), "axis '01': an axis is a number from 0"),
+        (dynamic({"0": ["1", 1, 8]}), "inputs.x.dynamic.0.0: given '1'"),
+        (dynamic({"0": 8}), "inputs.x.dynamic.0: given 8"),
+        (dynamic([1, 1, 8]), "inputs.x.dynamic: given [1, 1, 8]"),
         ({"inputs": {}}, "needs at least one input"),
         ({"outputs": "logits"}, "outputs: given 'logits'"),
         ({"outputs": ["a", "a"]}, "every output needs a name of its own"),
@@ -139,6 +157,35 @@ def test_every_shipped_recipe_resolves_and_names_itself():
     for name, path in schema.find("recipes").items():
         assert recipe.load(path).name == name
         assert resolve(name).random_weights == (schema.read_toml(path)["model"].get("checkpoint") is None)
+
+
+def test_dimensions_that_may_vary():
+    data = {**GOOD, **dynamic({"1": [2, 3, 4], "0": [1, 1, 8]})}
+    found = validate(data)
+    assert found.specs() == [TensorSpec("x", (1, 3), dynamic=((0, 1, 1, 8), (1, 2, 3, 4)))]
+    dumped = json.loads(json.dumps(found.model_dump(mode="json")))
+    assert dumped["inputs"]["x"]["dynamic"] == {"1": [2, 3, 4], "0": [1, 1, 8]}
+    assert validate(dumped) == found
+
+
+def test_a_static_recipe_is_the_plain_data_that_it_was():
+    # Cache keys and bundles' digests rest on it.
+    assert validate(GOOD).model_dump(mode="json")["inputs"] == {
+        "x": {"shape": [1, 3, 8, 8], "dtype": "float32", "low": None, "high": None}
+    }
+    assert validate({**GOOD, **dynamic({})}) == validate({**GOOD, "inputs": {"x": {"shape": [1, 3]}}})
+
+
+def test_ranges_from_the_command_line_take_the_place_of_the_recipes(tmp_path):
+    (tmp_path / "r.toml").write_text(
+        'name = "r"\n[model]\nfactory = "m.py:make"\n[inputs.x]\nshape = [1, 4]\ndynamic = {"0" = [1, 1, 2]}\n'
+    )
+    path = str(tmp_path / "r.toml")
+    assert resolve(path).recipe.specs()[0].dynamic == ((0, 1, 1, 2),)
+    assert resolve(path, inputs=["x=1..2..8x4"]).recipe.specs() == [TensorSpec("x", (2, 4), dynamic=((0, 1, 2, 8),))]
+    assert resolve(path, inputs=["x=1x4"]).recipe.specs() == [TensorSpec("x", (1, 4))]
+    assert resolve("pkg.mod:make", inputs=["x=1..8x3"]).recipe.specs()[0].shape == (8, 3)
+    assert len({resolve(path, inputs=given).sha256 for given in ([], ["x=1x4"], ["x=1..2x4"])}) == 3
 
 
 # Resolving: files, overrides, guests

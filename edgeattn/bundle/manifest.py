@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.hashing import sha256_data
+from edgeattn.core.specs import Ranges
 
 SCHEMA_VERSION = 3
 
@@ -24,6 +25,7 @@ class TensorInfo(_Part):
     Attributes:
         layout: how its channels differ from the model's input of that name, see ``targets.base.Tensor``; else "".
         pixels: factor and offset of each channel where it takes raw pixels, see ``targets.base.Tensor``.
+        dynamic: (axis, min, opt, max) of the dimensions that may vary; left out of the text where none does.
     """
 
     name: str
@@ -31,6 +33,15 @@ class TensorInfo(_Part):
     dtype: str
     layout: str = ""
     pixels: tuple[tuple[float, float], ...] = ()
+    dynamic: Ranges = ()
+
+    @model_serializer(mode="wrap")
+    def _terse(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A manifest's digest is over its text, so bundles from before there were ranges must read back unchanged."""
+        data: dict[str, Any] = plain(self)
+        if not self.dynamic:
+            del data["dynamic"]
+        return data
 
 
 class EntryInfo(_Part):

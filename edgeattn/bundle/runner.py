@@ -34,8 +34,11 @@ SCHEMA_VERSION = 3
 MODULES = {
     "onnx": {"onnxruntime": "onnxruntime"},
     "tflite": {"ai-edge-litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"},
+    "tensorrt": {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"},
     **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
+#: Backends whose part of this runner is a module of its own beside it, which uses this one as ``run``.
+PARTS = {"coreml": "run_coreml", "tensorrt": "run_tensorrt"}
 Data = dict[str, Any]
 Run = Callable[[Data], Data]
 
@@ -97,24 +100,24 @@ def part_of(manifest: Data, backend: str | None) -> Data:
 def runtime_name(part: Data) -> str:
     """The distribution that would run the artifact here; "" if none is installed."""
     known = MODULES.get(part["backend"], {})
-    return next((name for name, module in known.items() if importlib.util.find_spec(module)), "")
+    names = list(known)[:: -1 if part["facts"].get("flavour") == "rtx" else 1]  # TensorRT for RTX before TensorRT
+    return next((name for name in names if importlib.util.find_spec(known[name])), "")
 
 
 def lacking(parts: list[Data]) -> Problem:
     """Why none of these artifacts can run here."""
-    if [part["backend"] for part in parts] == ["coreml"] and sys.platform != "darwin":
-        why = f"Core ML runs on macOS only; this system is {platform.system()}"
-        return Problem(3, why, "edgeattn verify BUNDLE checks graph and weights on any system, by an interpreter")
-    why = f"no runtime for {', '.join(part['backend'] for part in parts)} is installed"
-    return Problem(3, why, install_line(parts[0]))
+    why, fix = f"no runtime for {', '.join(part['backend'] for part in parts)} is installed", install_line(parts[0])
+    if len(parts) == 1 and parts[0]["backend"] in PARTS:
+        why, fix = own(parts[0]["backend"]).lacking(why, fix)
+    return Problem(3, why, fix)
 
 
-def core_ml() -> Any:
-    """The part of this runner that is for Core ML: a module of its own, which uses this one as ``run``."""
+def own(backend: str) -> Any:
+    """A backend's own part of this runner."""
     sys.dont_write_bytecode = True  # the bundle stays as it is
     sys.modules["run"] = sys.modules[__name__]
     sys.path.insert(0, HERE)
-    return importlib.import_module("run_coreml")
+    return importlib.import_module(PARTS[backend])
 
 
 def install_line(part: Data) -> str:
@@ -129,8 +132,8 @@ def install_line(part: Data) -> str:
 def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
     """A function from inputs to outputs by name, ready to run, and the runtime's name and version."""
     name, spec = runtime_name(part), part["entries"][entry]
-    if name == "coremltools":
-        return core_ml().open_entry(part, entry)  # type: ignore[no-any-return]
+    if part["backend"] in PARTS:
+        return own(part["backend"]).open_entry(part, entry)  # type: ignore[no-any-return]
     names = [output["name"] for output in spec["outputs"]]
     try:
         import numpy  # noqa: F401
@@ -274,9 +277,8 @@ def verify(manifest: Data, backend: str | None, threads: int) -> Data:
         if not runtime_name(part):
             results.append({"backend": part["backend"], "missing": part["requirement"], "fix": lacking([part]).fix})
         else:
-            results += (
-                core_ml().verify(part) if part["backend"] == "coreml" else [golden_apart(manifest, part, threads)]
-            )
+            ours = part["backend"] in PARTS
+            results += own(part["backend"]).verify(part) if ours else [golden_apart(manifest, part, threads)]
     if not (ran := [result for result in results if "missing" not in result]):
         raise lacking(wanted)
     worst = [result["worst_relative_l2"] for result in ran]
@@ -290,23 +292,26 @@ def verify(manifest: Data, backend: str | None, threads: int) -> Data:
     }
 
 
+def refused(manifest: Data, part: Data, result: Data) -> Problem:
+    """That the golden outputs do not hold here."""
+    what = f"refused: {result['runtime']} computes the golden outputs wrongly: relative L2 "
+    where = f"{result['worst_relative_l2']} on {result['worst_at']}, allowed {manifest['tolerance']:g}"
+    return Problem(1, what + where, advice(part))
+
+
 def check_first_use(manifest: Data, part: Data, threads: int) -> None:
     """Compare the golden outputs if this machine and runtime were not found to hold before."""
     if not runtime_name(part):
         raise lacking([part])
     name, system = runtime_name(part), [sys.version, platform.mac_ver()[0], platform.machine(), cpu_model()]
-    about = [manifest["digest"], part["backend"], name, metadata.version(name), *system]
+    version = own(part["backend"]).identity(part) if part["backend"] in PARTS else metadata.version(name)
+    about = [manifest["digest"], part["backend"], name, version, *system]
     mark = os.path.join(CACHE, "proven", hashlib.sha256(json.dumps(about).encode()).hexdigest())
     if os.path.exists(mark):
         return
     result = golden_apart(manifest, part, threads)
     if not result["holds"]:
-        raise Problem(
-            1,
-            f"refused: {result['runtime']} computes the golden outputs wrongly: relative L2 "
-            f"{result['worst_relative_l2']} on {result['worst_at']}, allowed {manifest['tolerance']:g}",
-            advice(part),
-        )
+        raise refused(manifest, part, result)
     try:
         os.makedirs(os.path.dirname(mark), exist_ok=True)
         with open(mark, "w", encoding="utf-8"):
@@ -360,8 +365,8 @@ def machine_state() -> Data:
 
 def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: int) -> Data:
     """Time the entry on its first golden input, which must come out right."""
-    if part["backend"] == "coreml":
-        return core_ml().profile(manifest, part, options)  # type: ignore[no-any-return]
+    if part["backend"] in PARTS:
+        return own(part["backend"]).profile(manifest, part, options)  # type: ignore[no-any-return]
     check_first_use(manifest, part, threads)
     before, entry = machine_state(), options.entry
     feeds = fitted(part, entry, golden_data(golden_samples(manifest, entry)[0][0])[0])
@@ -384,7 +389,6 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: in
 
 def timings(run: Run, feeds: Data, runs: int | None, warmup: int | None, least: int = 5) -> Data:
     """Latencies in ms: the first, and others after a warm-up; and the memory that this process came to take."""
-    import numpy as np
 
     def timed() -> float:
         begun = time.perf_counter()
@@ -403,14 +407,18 @@ def timings(run: Run, feeds: Data, runs: int | None, warmup: int | None, least: 
     return {
         "first_ms": first_ms,
         "warmup": len(warm),
-        "runs": len(times),
-        "mean": float(np.mean(times)),
-        "std": float(np.std(times)),
-        "min": min(times),
-        **{f"p{percent}": float(np.percentile(times, percent)) for percent in (50, 90, 95, 99)},
+        **spread(times),
         "latencies": times,
         "peak_rss_mb": peak_rss_mb(),
     }
+
+
+def spread(times: list[float]) -> Data:
+    """How many they are, and how they are spread."""
+    import numpy as np
+
+    about = {"runs": len(times), "mean": float(np.mean(times)), "std": float(np.std(times)), "min": min(times)}
+    return {**about, **{f"p{percent}": float(np.percentile(times, percent)) for percent in (50, 90, 95, 99)}}
 
 
 def _enough(count: int, seconds: float, runs: int | None, least: int) -> bool:
@@ -440,6 +448,13 @@ def peak_rss_mb() -> float | None:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def takes(part: Data, entry: str, spec: Data, shape: tuple[int, ...]) -> bool:
+    """Whether an input may have this shape: its own, or one in the range that the artifact was made for."""
+    about = part["facts"].get("entries", {}).get(entry, {}).get("profiles", {}).get(spec["name"])
+    least, most = (about["min"], about["max"]) if about else (spec["shape"], spec["shape"])
+    return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most))  # noqa: B905
+
+
 def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads: int) -> Data:
     """Run one entry on .npy files and save what comes out."""
     import numpy as np
@@ -460,7 +475,7 @@ def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads
         given = feeds.get(spec["name"])
         if given is None:
             raise Problem(2, f"missing --input {spec['name']}=FILE.npy")
-        if list(given.shape) != list(spec["shape"]) or str(given.dtype) != spec["dtype"]:
+        if not takes(part, entry, spec, given.shape) or str(given.dtype) != spec["dtype"]:
             has, needs = f"{given.shape} {given.dtype}", f"{tuple(spec['shape'])} {spec['dtype']}"
             raise Problem(2, f"input {spec['name']} is {has}, wanted is {needs}")
     if unknown := sorted(set(feeds) - {spec["name"] for spec in wanted}):
@@ -481,8 +496,8 @@ def show(result: Data) -> str:
     if "outputs" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines += [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
-    elif "compute_units" in result:
-        lines += core_ml().show(result)
+    elif result.get("backend") in PARTS:
+        lines += own(result["backend"]).show(result)
     elif "p50" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines.append("  ".join(f"{k} {result[k]:.3f}" for k in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms")
@@ -524,7 +539,7 @@ def parse() -> argparse.Namespace:
     what.add_argument("--profile", action="store_true", help="measure the latency")
     what.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
     what.add_argument("--golden", help=argparse.SUPPRESS)  # the child of golden_apart
-    what.add_argument("--core-ml", help=argparse.SUPPRESS)  # a child of run_coreml.py
+    what.add_argument("--step", help=argparse.SUPPRESS)  # a child of a backend's own part: [backend, what to do]
     parser.add_argument("--entry", default="main", help="which graph to run (default: main)")
     parser.add_argument("--backend", help="which artifact, where there are several")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1; with --profile up to 4)")
@@ -553,8 +568,9 @@ def work(options: argparse.Namespace) -> Data:
     if importlib.util.find_spec("numpy") is None:
         raise Problem(3, "NumPy is not installed", install_line(manifest))
     threads = options.threads or (min(4, os.cpu_count() or 1) if options.profile else 1)
-    if options.core_ml:
-        return dict(core_ml().child(manifest, **json.loads(options.core_ml)))
+    if options.step:
+        backend, job = json.loads(options.step)
+        return dict(own(backend).child(manifest, **job))
     if options.golden:
         return golden_apart(manifest, part_of(manifest, options.golden), threads, here=True)
     check_files(manifest)

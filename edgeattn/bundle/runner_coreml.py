@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -95,9 +96,22 @@ def runtime() -> str:
     return f"coremltools {metadata.version('coremltools')}"
 
 
+def identity(part: Data) -> str:
+    """What the golden outputs were found to hold with."""
+    return metadata.version("coremltools")
+
+
+def lacking(why: str, fix: str) -> tuple[str, str]:
+    """Why nothing runs here, and what to do."""
+    if sys.platform == "darwin":
+        return why, fix
+    why = f"Core ML runs on macOS only; this system is {platform.system()}"
+    return why, "edgeattn verify BUNDLE checks graph and weights on any system, by an interpreter"
+
+
 def apart(what: str, do: str, **job: Any) -> Data:
     """What ``child`` says, in a process of its own; Problem where that crashed, failed or does not end."""
-    return run.apart(["--core-ml", json.dumps({"do": do, **job})], what, "", LIMITS_S[do])
+    return run.apart(["--step", json.dumps(["coreml", {"do": do, **job}])], what, "", LIMITS_S[do])
 
 
 def child(manifest: Data, do: str, unit: str = "", **job: Any) -> Data:

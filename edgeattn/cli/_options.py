@@ -16,6 +16,7 @@ _JOB: tuple[Callable[..., Any], ...] = (
     click.option("--precision", "-p", default="fp32", show_default=True, help="fp32, fp16, ...; see edgeattn targets."),
     click.option("--device", "-d", help="The device it is for; see edgeattn devices."),
     click.option("--option", "-O", "options", multiple=True, metavar="NAME=CHOICE", help="Of the target; see targets."),
+    click.option("--strict", is_flag=True, help="Refuse to keep operations in float32 that the precision would break."),
     click.option("--layout", default="nchw", show_default=True, help="Of image inputs: nchw as in PyTorch, or nhwc."),
 )
 
@@ -26,7 +27,8 @@ _MODEL: tuple[Callable[..., Any], ...] = (
         "inputs",
         multiple=True,
         metavar="NAME=SHAPE[:DTYPE[:LOW..HIGH]]",
-        help="An input, as x=1x3x224x224 or ids=1x16:int64:0..31999; once for each.",
+        help="An input, as x=1x3x224x224 or ids=1x16:int64:0..31999; 1..8 or 1..4..8 is a dimension that may vary, "
+        "from min (over opt) to max. Once for each.",
     ),
     click.option("--checkpoint", "-c", type=click.Path(), help=".safetensors, or .pth read without executing it."),
     click.option("--arg", "-a", "args", multiple=True, metavar="NAME=VALUE", help="An argument of the factory."),

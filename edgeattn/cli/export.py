@@ -88,6 +88,13 @@ def _report(exported: Exported, unscored: str | None) -> None:
         out.print(f"  {escape(line)}", soft_wrap=True)
 
 
+#: Where a backend's own runtime can be asked, and for what.
+_ELSEWHERE = {
+    "coreml": ("mac", "a Mac: every compute unit"),
+    "tensorrt": ("gpu", "a machine with the GPU: transfers, CUDA graph, layers"),
+}
+
+
 def _next(bundle: Bundle) -> list[str]:
     """The commands that follow, each of which can be run as it stands, or says what it waits for."""
     from edgeattn import device
@@ -99,7 +106,8 @@ def _next(bundle: Bundle) -> list[str]:
     if place is not None and place.connect:
         lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
     elif manifest.unproven:
-        lines.append(f"edgeattn profile {path} --device ssh://user@mac    (a Mac: every compute unit)")
+        host, what = _ELSEWHERE.get(manifest.backend, ("host", "on the hardware"))
+        lines.append(f"edgeattn profile {path} --device ssh://user@{host}    ({what})")
     elif requirements:
         lines.append(f"edgeattn profile {path}")
     if place is not None and place.kind != "host" and not place.connect:
@@ -121,7 +129,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
     """What was proven of one artifact, and what lint found."""
     from rich.markup import escape
 
-    from edgeattn.cli._show import numerics_rows
+    from edgeattn.cli._show import numerics_rows, size
 
     rows = numerics_rows(info.numerics)
     worst = max(rows, key=lambda row: float(row[2]))
@@ -148,6 +156,17 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
                 f"{len(kept)} operations, in {', '.join(where[:4])}{' …' if len(where) > 4 else ''}" if kept else "none"
             )
             facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
+        if quantized := entry.get("quantized"):
+            count, left = len(quantized["operations"]), len(quantized["left_in_floats"])
+            facts.add_row(
+                f"quantized ({escape(name)})",
+                f"{count} of {count + left} weighted operations in {quantized['numbers']}, scales from "
+                f"{quantized['calibrated_on']}",
+            )
+        if built := entry.get("engines"):
+            each = [f"{e['compute_capability']} {size(e['bytes'])} in {e['seconds']:.1f} s" for e in built]
+            made = f"TensorRT for RTX {built[0]['tensorrt']}: {', '.join(each)}"
+            facts.add_row(f"engines ({escape(name)})", escape(made))
         if "transposes" in entry:
             sides = [t["of"] for t in entry["transposes"]]
             inside = sides.count("graph")

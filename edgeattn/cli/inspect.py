@@ -58,6 +58,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
     """One artifact: its versions, what it was proven with, its score and its entries."""
     from rich.markup import escape
 
+    from edgeattn.core.specs import shape_words
+
     facts.add_row(f"artifact {info.backend}", ", ".join(f"{name} {version}" for name, version in info.tools.items()))
     proven = ", ".join(f"{r.name} {r.version} on {r.machine}" for r in info.runtimes)
     needs = f"; the device needs {info.requirement}" if info.requirement else ""
@@ -71,8 +73,11 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
             f"{task['artifact_correct']} of {task['samples']} held-out samples, PyTorch {task['reference_correct']}",
         )
     for name, entry in info.entries.items():
-        ins = ", ".join(f"{t.name} {tuple(t.shape)} {t.dtype}{f' {t.layout}' * bool(t.layout)}" for t in entry.inputs)
-        outs = ", ".join(f"{t.name} {tuple(t.shape)} {t.dtype}" for t in entry.outputs)
+        ins = ", ".join(
+            f"{t.name} {shape_words(t.shape, t.dynamic)} {t.dtype}{f' {t.layout}' * bool(t.layout)}"
+            for t in entry.inputs
+        )
+        outs = ", ".join(f"{t.name} {shape_words(t.shape, t.dynamic)} {t.dtype}" for t in entry.outputs)
         facts.add_row(f"  entry {escape(name)}", escape(f"{entry.file}: {ins} -> {outs}"))
         nodes = info.facts.get("entries", {}).get(name, {}).get("nodes", {})
         if nodes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +19,7 @@ LARGEST = 1 << 30
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
 
 _FORM = re.compile(
-    r"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>\d+(x\d+)*|scalar)"
+    r"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>\d+(\.\.\d+){0,2}(x\d+(\.\.\d+){0,2})*|scalar)"
     r"(:(?P<dtype>\w+))?(:(?P<low>[^:]+?)\.\.(?P<high>[^:]+))?"
 )
 
@@ -43,16 +45,56 @@ def range_fault(dtype: str, low: float | None, high: float | None) -> str | None
     return None
 
 
+#: Dimensions that may vary, each as (axis, min, opt, max); min and max are inclusive.
+Ranges = tuple[tuple[int, int, int, int], ...]
+
+
+def dynamic_fault(shape: Sequence[int], ranges: Mapping[int, Sequence[int]]) -> str | None:
+    """Why dimensions of ``shape`` cannot vary over ``ranges``, (min, opt, max) by axis; None if they can."""
+    for axis, ends in ranges.items():
+        if not 0 <= axis < len(shape):
+            return f"axis {axis}: the shape has {f'axes 0 to {len(shape) - 1}' if shape else 'no axis'}"
+        if len(ends) != 3:
+            return f"axis {axis}: a range is min, opt and max"
+        low, opt, high = ends
+        if low < 1:
+            return f"axis {axis}: min must be at least 1"
+        if not low <= opt <= high:
+            return f"axis {axis}: {low}, {opt}, {high} are not in the order min, opt, max"
+        if low == high:
+            return f"axis {axis}: min and max are both {low}; give the shape alone"
+        if opt != shape[axis]:
+            return f"axis {axis}: opt {opt} is not the {shape[axis]} of the shape"
+    if math.prod(ranges[axis][2] if axis in ranges else n for axis, n in enumerate(shape)) > LARGEST:
+        return f"more than {LARGEST:,} elements at max"
+    return None
+
+
+def shape_texts(shape: Sequence[int], ranges: Sequence[Sequence[int]]) -> list[str]:
+    """Each dimension as text: ``4``; ``MIN..OPT..MAX`` where it may vary, ``MIN..MAX`` where opt is max."""
+    shown = [str(n) for n in shape]
+    for axis, low, opt, high in ranges:
+        shown[axis] = f"{low}..{high}" if opt == high else f"{low}..{opt}..{high}"
+    return shown
+
+
+def shape_words(shape: Sequence[int], ranges: Sequence[Sequence[int]]) -> str:
+    """A shape as Python writes it, with ranges: ``(1..4..8, 3, 224, 224)``."""
+    shown = shape_texts(shape, ranges)
+    return f"({shown[0]},)" if len(shown) == 1 else f"({', '.join(shown)})"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One named input.
 
     Attributes:
         name: as the entry names it.
-        shape: static shape; () is a scalar.
+        shape: static shape; () is a scalar. Of a dimension that may vary, its opt.
         dtype: a NumPy name out of ``DTYPES``.
         low, high: inclusive range of random integers, or the range of uniform floats; floats without a range are
             standard normal, integers without one lie in 0..1.
+        dynamic: the dimensions that may vary, in the order of the axes; for targets that take several shapes.
     """
 
     name: str
@@ -60,6 +102,13 @@ class TensorSpec:
     dtype: str = "float32"
     low: float | None = None
     high: float | None = None
+    dynamic: Ranges = ()
+
+    def at(self, end: Literal["min", "opt", "max"]) -> TensorSpec:
+        """The static spec with every dimension that may vary at that end of its range."""
+        which = ("min", "opt", "max").index(end)
+        sizes = {axis: ends[which] for axis, *ends in self.dynamic}
+        return replace(self, shape=tuple(sizes.get(i, n) for i, n in enumerate(self.shape)), dynamic=())
 
     def random(self, seed: int) -> Array:
         """A seeded random tensor of this spec; the same seed and spec give the same bits on every machine."""
@@ -79,12 +128,15 @@ class TensorSpec:
         return math.prod(self.shape)
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape)) or "scalar"
+        shape = "x".join(shape_texts(self.shape, self.dynamic)) or "scalar"
         return f"{self.name}={shape}" + ("" if self.dtype == "float32" else f":{self.dtype}")
 
 
 def parse_spec(text: str) -> TensorSpec:
     """Read ``NAME=SHAPE[:DTYPE[:LOW..HIGH]]``, as in ``x=1x3x224x224`` or ``ids=1x16:int64:0..31999``.
+
+    A dimension may be a range: ``x=1..4..8x3x224x224`` (min, opt, max), or ``x=1..8x3x224x224``, whose opt is the max:
+    a batch is filled up where speed counts.
 
     Raises:
         UsageError: any other form, a zero dimension, an unknown dtype, or a range that the dtype does not hold.
@@ -96,12 +148,14 @@ def parse_spec(text: str) -> TensorSpec:
             value=text,
             where="--input",
             why="the form is NAME=SHAPE[:DTYPE[:LOW..HIGH]]",
-            fix="for example --input x=1x3x224x224 or --input ids=1x16:int64:0..31999",
+            fix="for example --input x=1x3x224x224, x=1..8x3x224x224 or ids=1x16:int64:0..31999",
         )
     dtype = match["dtype"] or "float32"
     if dtype not in DTYPES:
         raise unknown("dtype of an input", dtype, DTYPES, where=f"--input {text}")
-    shape = () if match["shape"] == "scalar" else tuple(int(n) for n in match["shape"].split("x"))
+    sizes = [] if match["shape"] == "scalar" else [[int(n) for n in d.split("..")] for d in match["shape"].split("x")]
+    shape = tuple(ends[-1] if len(ends) < 3 else ends[1] for ends in sizes)
+    ranges = {axis: (ends[0], shape[axis], ends[-1]) for axis, ends in enumerate(sizes) if len(ends) > 1}
     if 0 in shape:
         raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")
     if math.prod(shape) > LARGEST:
@@ -111,6 +165,8 @@ def parse_spec(text: str) -> TensorSpec:
             where=f"--input {text}",
             why=f"more than {LARGEST:,} elements",
         )
+    if fault := dynamic_fault(shape, ranges):
+        raise UsageError("a dimension's range cannot be used", value=match["shape"], where=f"--input {text}", why=fault)
     ends = [match[k] for k in ("low", "high") if match[k]]
     if not all(_NUMBER.fullmatch(end) for end in ends):
         raise UsageError(
@@ -122,4 +178,5 @@ def parse_spec(text: str) -> TensorSpec:
     low, high = (float(match[k]) if match[k] else None for k in ("low", "high"))
     if fault := range_fault(dtype, low, high):
         raise UsageError("an input's range cannot be used", value="..".join(ends), where=f"--input {text}", why=fault)
-    return TensorSpec(match["name"], shape, dtype, low, high)
+    dynamic = tuple((axis, *ends) for axis, ends in ranges.items())
+    return TensorSpec(match["name"], shape, dtype, low, high, dynamic)

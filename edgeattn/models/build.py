@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,9 +34,9 @@ class Built:
     model: nn.Module
     specs: list[TensorSpec]
 
-    def random_inputs(self, seed: int) -> dict[str, torch.Tensor]:
-        """Seeded random inputs by name."""
-        return {spec.name: torch.from_numpy(spec.random(seed + i)) for i, spec in enumerate(self.specs)}
+    def random_inputs(self, seed: int, end: Literal["min", "opt", "max"] = "opt") -> dict[str, torch.Tensor]:
+        """Seeded random inputs by name, dimensions that may vary at that ``end`` of their range."""
+        return {spec.name: torch.from_numpy(spec.at(end).random(seed + i)) for i, spec in enumerate(self.specs)}
 
 
 def import_timm() -> ModuleType:

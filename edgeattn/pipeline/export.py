@@ -52,6 +52,7 @@ def make_job(
     device: str | None = None,
     layout: str = NCHW,
     options: Mapping[str, str] | None = None,
+    strict: bool = False,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -81,13 +82,22 @@ def make_job(
     target = target or (place.targets[0] if place else "onnx")
     chosen = targets.get(target)
     check_choice(chosen, precision, layout, place, tuple(TOLERANCES))
+    if strict and not chosen.keeps_wider:
+        raise UsageError(
+            "there is nothing to be strict about",
+            value="--strict",
+            where=f"target {target}",
+            why="it keeps no operations in a wider precision than the one asked for by its own choice",
+            fix="leave it away",
+        )
     availability = chosen.availability()
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
     asked = dict(options or {})
     settled = chosen.settle(asked, place)
     plain = chosen.settle({}, place)
-    return Job(resolved, target, precision, device, layout, {k: v for k, v in asked.items() if settled[k] != plain[k]})
+    options = {name: choice for name, choice in asked.items() if settled[name] != plain[name]}
+    return Job(resolved, target, precision, device, layout, options, strict)
 
 
 def _keep_standing(final: Path, key: str, force: bool) -> Bundle | None:
@@ -150,6 +160,7 @@ def export(
     device: str | None = None,
     layout: str = NCHW,
     options: Mapping[str, str] | None = None,
+    strict: bool = False,
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
@@ -164,6 +175,7 @@ def export(
         output: folder that the bundle's folder is made in.
         layout: of image inputs, ``nchw`` as in PyTorch or ``nhwc`` where the target takes it.
         options: of the target, see ``edgeattn targets``.
+        strict: refuse to keep operations in a wider precision than the one asked for.
         inputs: ``x=1x3x224x224`` texts or ``TensorSpec`` objects.
         force: replace what stands at the bundle's place.
 
@@ -180,6 +192,7 @@ def export(
         device=device,
         layout=layout,
         options=options,
+        strict=strict,
         inputs=inputs,
         checkpoint=checkpoint,
         args=args,

@@ -22,6 +22,7 @@ class Job:
         device: name of the device that the export is for, or None.
         layout: of image inputs, one of the target's ``layouts``.
         options: of the target, as they were asked for.
+        strict: refuse to keep operations in a wider precision.
     """
 
     resolved: Resolved
@@ -30,12 +31,14 @@ class Job:
     device: str | None = None
     layout: str = NCHW
     options: Mapping[str, str] = field(default_factory=dict)
+    strict: bool = False
 
     @property
     def title(self) -> str:
         """Name of the bundle's folder."""
         layout = "" if self.layout == NCHW else f"-{self.layout}"
-        options = "".join(f"-{name if choice == 'yes' else choice}" for name, choice in sorted(self.options.items()))
+        words = (name if choice == "yes" else choice for name, choice in sorted(self.options.items()))
+        options = "".join(f"-{word.replace(',', '+')}" for word in words)
         return f"{self.resolved.title}{layout}{options}.{self.target}.{self.precision}"
 
     @property
@@ -43,6 +46,17 @@ class Job:
         """All of the target's options, see ``Target.settle``."""
         place = devices.resolve(self.device) if self.device else None
         return targets.get(self.target).settle(self.options, place)
+
+    @property
+    def ranges(self) -> dict[str, dict[int, tuple[int, int, int]]]:
+        """(min, opt, max) of the recipe's dimensions that may vary, by input and axis."""
+        inputs = self.resolved.recipe.inputs.items()
+        return {name: {axis: (a, b, c) for axis, a, b, c in spec.ranges} for name, spec in inputs if spec.dynamic}
+
+    @property
+    def dynamic(self) -> dict[str, dict[int, tuple[int, int, int]]]:
+        """The ranges that the export keeps: all of them, or none where the target takes one shape only."""
+        return self.ranges if targets.get(self.target).dynamic else {}
 
     @property
     def runtime(self) -> str:
@@ -63,6 +77,7 @@ class Job:
             "device": self.device,
             "layout": self.layout,
             "options": dict(self.options),
+            "strict": self.strict,
         }
 
     @staticmethod

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from edgeattn.core.errors import UsageError, unknown
+from edgeattn.core.errors import CheckFailed, UsageError, unknown
 from edgeattn.core.numerics import TOLERANCES, Array
+from edgeattn.core.specs import Ranges, shape_words
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -46,13 +47,14 @@ BGR = "bgr"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, static shape and NumPy dtype of an artifact's input or output.
+    """Name, shape and NumPy dtype of an artifact's input or output.
 
     Attributes:
         layout: ``nhwc`` where an image has its channels last, unlike the model's input of that name; ``bgr`` where the
             channels of its pixels are those of a picture turned round; else "".
         pixels: where the artifact takes raw pixels, factor and offset of each channel: the model's input is
             ``factor * pixel + offset``; else empty.
+        dynamic: (axis, min, opt, max) of the dimensions that may vary; ``shape`` has their opt.
     """
 
     name: str
@@ -60,6 +62,14 @@ class Tensor:
     dtype: str
     layout: str = ""
     pixels: tuple[tuple[float, float], ...] = ()
+    dynamic: Ranges = ()
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether an array of that shape fits: every dimension within its range, or as it is."""
+        low, high = list(self.shape), list(self.shape)
+        for axis, *ends in self.dynamic:
+            low[axis], _, high[axis] = ends
+        return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class LowerPlan:
         layout: one of the target's ``layouts``, for image inputs.
         options: all of the target's options, see ``Target.settle``.
         preprocess: the recipe's, for artifacts that take raw pixels. labels: the recipe's names of the classes.
+        strict: refuse to keep operations in a wider precision than the one asked for.
     """
 
     precision: str
@@ -111,6 +122,26 @@ class LowerPlan:
     options: Mapping[str, str] = field(default_factory=dict)
     preprocess: Preprocess | None = None
     labels: Sequence[str] = ()
+    strict: bool = False
+
+    def allow(self, kept: Sequence[Mapping[str, str]]) -> None:
+        """Whether these operations may stay in a wider precision.
+
+        Args:
+            kept: ``module``, ``op`` and ``why`` of each.
+
+        Raises:
+            CheckFailed: none may, and there are some; names their modules.
+        """
+        if self.strict and kept:
+            raise CheckFailed(
+                f"the model does not hold in {self.precision} alone",
+                value=f"{len(kept)} operations need float32",
+                where=f"module {kept[0]['module'] or '(model)'} is the first",
+                why=kept[0]["why"],
+                fix="leave --strict away to keep these operations in float32, or bring their numbers down in the model",
+                details=[f"{k['op']} in module {k['module'] or '(model)'}: {k['why']}" for k in kept],
+            )
 
 
 @dataclass(frozen=True)
@@ -155,11 +186,11 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> None:
         raise UsageError("the inputs do not match", value=", ".join(feeds), why=f"wanted are {', '.join(wanted)}")
     for name, spec in wanted.items():
         given = feeds[name]
-        if tuple(given.shape) != tuple(spec.shape) or str(given.dtype) != spec.dtype:
+        if not spec.takes(given.shape) or str(given.dtype) != spec.dtype:
             raise UsageError(
                 "an input has another shape or dtype",
                 value=f"{name}: {tuple(given.shape)} {given.dtype}",
-                why=f"the artifact takes {tuple(spec.shape)} {spec.dtype}",
+                why=f"the artifact takes {shape_words(spec.shape, spec.dynamic)} {spec.dtype}",
             )
 
 
@@ -260,12 +291,20 @@ class Target(ABC):
     unproven: ClassVar[str] = ""
     #: Largest relative L2 by precision, where that is not the one of ``core.numerics.TOLERANCES``.
     tolerances: ClassVar[Mapping[str, float]] = {}
+    #: Whether operations that need it are kept in a wider precision than the one asked for, and can be refused.
+    keeps_wider: ClassVar[bool] = False
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
+    #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.
+    dynamic: ClassVar[bool] = False
 
     def tolerance(self, precision: str) -> float:
         """The largest relative L2 between an artifact of that precision and the float32 reference."""
         return self.tolerances.get(precision, TOLERANCES[precision])
+
+    def unproven_of(self, options: Mapping[str, str]) -> str:
+        """``unproven`` for settled options."""
+        return self.unproven
 
     @abstractmethod
     def availability(self) -> Availability:

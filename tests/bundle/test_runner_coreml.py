@@ -194,7 +194,7 @@ def test_a_plan_without_costs_has_the_operations(bundle: Bundle, tmp_path: Path)
     (tmp_path / "main.mlmodelc").mkdir()
     (tmp_path / "main.mlmodelc" / "coremldata.bin").touch()
     job = {"do": "plan", "unit": "ALL", "compiled": str(tmp_path / "main.mlmodelc")}
-    plan = answer(bundle, make_mac(tmp_path / "mac", said), "--core-ml", json.dumps(job))
+    plan = answer(bundle, make_mac(tmp_path / "mac", said), "--step", json.dumps(["coreml", job]))
     assert (plan["fallback_ops_percent"], plan["fallback_cost_percent"]) == (100.0, None)
     assert plan["plan_why"] == "the plan has no costs"
 

@@ -4,10 +4,42 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgeattn.core.errors import UsageError
-from edgeattn.core.specs import DTYPES, TensorSpec, parse_spec, range_fault
+from edgeattn.core.specs import DTYPES, TensorSpec, dynamic_fault, parse_spec, range_fault, shape_words
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
+
+
+#: A dimension: its size, or (min, opt, max) of one that may vary.
+dimensions = st.integers(1, 5) | st.lists(st.integers(1, 9), min_size=3, max_size=3).map(sorted).filter(
+    lambda ends: ends[0] < ends[2]
+)
+
+
+def spec_of(sizes, name="x", dtype="float32"):
+    shape = tuple(size if isinstance(size, int) else size[1] for size in sizes)
+    return TensorSpec(name, shape, dtype, dynamic=tuple((i, *s) for i, s in enumerate(sizes) if not isinstance(s, int)))
+
+
+@given(names, st.lists(dimensions, max_size=4), st.sampled_from(DTYPES))
+@example("x", [[1, 8, 8]], "float32")
+@example("x", [[1, 1, 8]], "float32")
+def test_text_of_a_spec_with_ranges_reads_back_as_the_spec(name, sizes, dtype):
+    spec = spec_of(sizes, name, dtype)
+    assert parse_spec(str(spec)) == spec
+    assert hash(parse_spec(str(spec))) == hash(spec)
+
+
+@given(st.lists(dimensions, max_size=4))
+def test_a_spec_at_an_end_of_its_ranges_is_static(sizes):
+    spec = spec_of(sizes)
+    for which, end in enumerate(("min", "opt", "max")):
+        static = spec.at(end)
+        assert static.shape == tuple(size if isinstance(size, int) else size[which] for size in sizes)
+        assert not static.dynamic
+        assert np.asarray(static.random(0)).shape == static.shape
+    assert spec.at("opt").shape == spec.shape
+    assert np.array_equal(spec.random(3), spec.at("opt").random(3))
 
 
 @given(names, shapes, st.sampled_from(DTYPES))
@@ -26,6 +58,9 @@ def test_text_of_a_spec_reads_back_as_the_spec(name, shape, dtype):
         ("x=4:float32:-1.5e-3..2.5e+1", TensorSpec("x", (4,), "float32", -1.5e-3, 25)),
         ("x=4:float16:.25...5", TensorSpec("x", (4,), "float16", 0.25, 0.5)),
         ("  x=4  ", TensorSpec("x", (4,))),
+        ("x=1..4..8x3", TensorSpec("x", (4, 3), dynamic=((0, 1, 4, 8),))),
+        ("x=1..8x3", TensorSpec("x", (8, 3), dynamic=((0, 1, 8, 8),))),
+        ("ids=1..2x4..16:int64:0..9", TensorSpec("ids", (2, 16), "int64", 0, 9, ((0, 1, 2, 2), (1, 4, 16, 16)))),
     ],
 )
 def test_forms(text, spec):
@@ -38,6 +73,9 @@ def test_forms(text, spec):
 @example("x=4:float32:1..1e999")
 @example("x=4:int64:1e9.0..3")
 @example("x=0x3")
+@example("x=1..2..3..4x3")
+@example("x=1...2")
+@example("x=9..8")
 def test_any_text_is_a_spec_or_a_usage_error_that_shows_it(text):
     try:
         spec = parse_spec(text)
@@ -61,6 +99,11 @@ def test_any_text_is_a_spec_or_a_usage_error_that_shows_it(text):
         ("x=4:int64:0.5..3", "whole numbers"),
         ("x=4:float32:0..1e999", "finite"),
         ("x=4:float32:a..b", "a..b"),
+        ("x=0..8", "axis 0: min must be at least 1"),
+        ("x=3x8..4", "axis 1: 8, 4, 4 are not in the order min, opt, max"),
+        ("x=1..9..8", "axis 0: 1, 9, 8 are not in the order min, opt, max"),
+        ("x=8..8x3", "axis 0: min and max are both 8; give the shape alone"),
+        ("x=1..2..70000x70000", "elements at max"),
         ("x", "NAME=SHAPE"),
         ("x=1,3", "--input x=1x3x224x224"),
     ],
@@ -69,6 +112,22 @@ def test_a_bad_spec_says_why(text, word):
     with pytest.raises(UsageError) as caught:
         parse_spec(text)
     assert word in str(caught.value)
+
+
+def test_ranges_of_dimensions_that_cannot_be():
+    assert dynamic_fault((4, 3), {0: (1, 4, 8)}) is None
+    assert dynamic_fault((4, 3), {2: (1, 4, 8)}) == "axis 2: the shape has axes 0 to 1"
+    assert dynamic_fault((), {0: (1, 4, 8)}) == "axis 0: the shape has no axis"
+    assert dynamic_fault((4, 3), {-1: (1, 3, 8)}) == "axis -1: the shape has axes 0 to 1"
+    assert dynamic_fault((4, 3), {1: (1, 4, 8)}) == "axis 1: opt 4 is not the 3 of the shape"
+    assert dynamic_fault((4, 3), {1: (1, 3)}) == "axis 1: a range is min, opt and max"
+
+
+def test_a_shape_with_ranges_in_words():
+    assert shape_words((4, 3), ()) == str((4, 3))
+    assert shape_words((4,), ()) == str((4,))
+    assert shape_words((), ()) == str(())
+    assert shape_words((4, 8), ((0, 1, 4, 8), (1, 2, 8, 8))) == "(1..4..8, 2..8)"
 
 
 def test_a_range_needs_both_ends():

@@ -64,6 +64,7 @@ def test_everything_is_cached_after_an_export(job: Job) -> None:
         ("capture.py", "capture"),
         ("pipeline/stages/lower.py", "lower"),
         ("targets/onnx/lower.py", "lower"),
+        ("targets/onnx_graph/fp16.py", "lower"),
         ("pipeline/diverge.py", "verify"),
         ("bundle/runner.py", "bundle"),
     ],

@@ -14,9 +14,9 @@ from edgeattn.capture import capture, run_eager
 from edgeattn.core.errors import ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, compare
 from edgeattn.targets.base import LowerPlan
-from edgeattn.targets.onnx import OnnxTarget, fp16
-from edgeattn.targets.onnx import files as onnx_files
-from edgeattn.targets.onnx import runtime as onnx_runtime
+from edgeattn.targets.onnx import OnnxTarget
+from edgeattn.targets.onnx_graph import execute, fp16
+from edgeattn.targets.onnx_graph import files as onnx_files
 
 TARGET = OnnxTarget()
 
@@ -363,11 +363,11 @@ def test_trace_gives_the_modules_outputs_whole_or_in_pieces(tmp_path, monkeypatc
     for item in whole:
         assert compare(expected[item.module].detach().numpy(), item.value).holds(1e-5)
     sessions = []
-    session = onnx_runtime._session
-    monkeypatch.setattr(onnx_runtime, "_session", lambda *a, **k: sessions.append(1) or session(*a, **k))
+    session = execute._session
+    monkeypatch.setattr(execute, "_session", lambda *a, **k: sessions.append(1) or session(*a, **k))
     for limit, count in [(1, 4), (200, 2)]:  # the tensors have 128, 128, 32 and 32 bytes
         sessions.clear()
-        monkeypatch.setattr(onnx_runtime, "TRACE_BYTES", limit)
+        monkeypatch.setattr(execute, "TRACE_BYTES", limit)
         pieces = list(lowered.runtime.trace("main", lowered.feeds))
         assert len(sessions) == count
         assert [(p.name, p.module, p.op) for p in pieces] == [(w.name, w.module, w.op) for w in whole]

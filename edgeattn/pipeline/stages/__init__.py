@@ -43,7 +43,8 @@ def _build_config(job: Job) -> dict[str, Any]:
         "factory": recipe["model"]["factory"],
         "args": recipe["model"]["args"],
         "checkpoint": job.resolved.checkpoint_sha256,
-        "inputs": recipe["inputs"],
+        # Ranges do not count: the model is built for the shape alone, once for all targets.
+        "inputs": {name: {k: v for k, v in spec.items() if k != "dynamic"} for name, spec in recipe["inputs"].items()},
         "seed": recipe["seed"],
     }
 
@@ -57,13 +58,15 @@ def _reference_config(job: Job) -> dict[str, Any]:
         "pixels": takes_pixels(job),
         "heldout": heldout,
         "golden": recipe["heldout"]["golden"] if heldout else None,
+        "dynamic": job.dynamic,
     }
 
 
 def _lint_config(job: Job) -> dict[str, Any]:
     """Of the device what findings depend on, so that one artifact serves all that are alike in it."""
     place = devices.resolve(job.device) if job.device else None
-    return {"target": job.target, "runtime": job.runtime, "chip": place.chip if place else None}
+    fixed = {} if job.dynamic else job.ranges
+    return {"target": job.target, "runtime": job.runtime, "chip": place.chip if place else None, "fixed": fixed}
 
 
 def _lower_config(job: Job) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def _lower_config(job: Job) -> dict[str, Any]:
         "runtime": job.runtime,
         "layout": job.layout,
         "options": job.settled,
+        "strict": job.strict,
     }
 
 
@@ -83,7 +87,7 @@ def _bundle_config(job: Job) -> dict[str, Any]:
 
 def _target_code(job: Job) -> tuple[str, ...]:
     """A target's own folder; a third party's target is told apart by its tools' versions."""
-    return ("targets/base.py", f"targets/{job.target}") if job.target in OWN_TARGETS else ("targets/base.py",)
+    return ("targets/base.py", *OWN_TARGETS.get(job.target, ()))
 
 
 def _lint_code(job: Job) -> tuple[str, ...]:
@@ -92,8 +96,14 @@ def _lint_code(job: Job) -> tuple[str, ...]:
     return ("targets/base.py", *(rule for rule in rules if (PACKAGE / rule).is_file()))
 
 
-#: Targets whose code is in this package.
-OWN_TARGETS = ("coreml", "onnx", "tflite", "null")
+#: Where the code of the targets is that are in this package.
+OWN_TARGETS = {
+    "coreml": ("targets/coreml",),
+    "onnx": ("targets/onnx", "targets/onnx_graph"),
+    "tensorrt": ("targets/tensorrt", "targets/onnx_graph"),
+    "tflite": ("targets/tflite",),
+    "null": ("targets/null",),
+}
 
 STAGES = (
     Stage(
@@ -122,7 +132,7 @@ STAGES = (
         ("reparameterize", "reference"),
         lambda job: ("core", "capture.py", "pipeline/stages/capture.py"),
         lambda job: ("torch",),
-        lambda job: {},
+        lambda job: {"dynamic": job.dynamic},
     ),
     Stage(
         "lint",

@@ -12,10 +12,13 @@ from edgeattn.pipeline.context import Context
 
 def run(context: Context) -> dict[str, Any]:
     """Save the program, and leave it in memory."""
-    feeds, _ = context.golden()[0]
+    dynamic, samples = context.job.dynamic, context.golden()
+    # torch.export takes a 1 in its example for a constant; the last sample of a dynamic job has the largest shape.
+    ones = any(opt == 1 for axes in dynamic.values() for _, opt, _ in axes.values())
+    feeds, _ = samples[-1 if ones else 0]
     inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
     outputs = tuple(context.results["reference"].facts["outputs"])
-    program = capture(context.value("reparameterize"), inputs, outputs)
+    program = capture(context.value("reparameterize"), inputs, outputs, dynamic=dynamic)
     context.values["capture"] = program
     return {"entries": program.save(context.out)}
 

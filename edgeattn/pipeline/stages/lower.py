@@ -42,6 +42,7 @@ def run(context: Context) -> dict[str, Any]:
         job.settled,
         recipe.preprocess,
         recipe.labels,
+        job.strict,
     )
     artifact = target.lower(context.value("capture"), plan, context.out)
     gate(list(artifact.findings))
@@ -73,7 +74,8 @@ def entries_of(facts: Mapping[str, Any]) -> dict[str, ArtifactEntry]:
 
 def _tensor(fields: Mapping[str, Any]) -> Tensor:
     pixels = tuple((factor, offset) for factor, offset in fields["pixels"])
-    return Tensor(**{**fields, "shape": tuple(fields["shape"]), "pixels": pixels})
+    dynamic = tuple((axis, low, opt, high) for axis, low, opt, high in fields["dynamic"])
+    return Tensor(**{**fields, "shape": tuple(fields["shape"]), "pixels": pixels, "dynamic": dynamic})
 
 
 def artifact_of(result: Result, precision: str) -> Artifact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,6 +80,24 @@ def _random_feeds(built: Built, resolved: Resolved, pixels: bool) -> Iterator[di
             raw = np.random.Generator(np.random.PCG64(seed)).integers(0, 255, size=spec.shape, endpoint=True)
             feed[spec.name] = torch.from_numpy(preprocessed(raw, resolved.recipe.preprocess))
         yield feed
+
+
+def _end_feeds(built: Built, resolved: Resolved, heldout: Array | None) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the smallest and then of the largest shapes, as far as these are not the opt shapes.
+
+    Held-out samples (N, ...) where only the batch varies, random ones elsewhere: there are no real ones of other sizes.
+    """
+    ends: tuple[Literal["min", "max"], ...] = ("min", "max")
+    for i, end in enumerate(ends):
+        specs = [spec.at(end) for spec in built.specs]
+        if all(spec.shape == own.shape for spec, own in zip(specs, built.specs, strict=True)):
+            continue
+        if heldout is not None and specs[0].shape[1:] == heldout.shape[1:]:
+            part = heldout[np.arange(specs[0].shape[0]) % len(heldout)]
+            yield {specs[0].name: torch.from_numpy(part)}
+        else:
+            # Seeds that follow on those of ``_random_feeds``.
+            yield built.random_inputs(resolved.recipe.seed + 1000 * (RANDOM_SAMPLES + i + 1), end)
 
 
 def check_logits(logits: Array, labels: Array) -> None:
@@ -198,8 +216,14 @@ def run(context: Context) -> dict[str, Any]:
         count = resolved.recipe.heldout.golden if resolved.recipe.heldout else 1
         feeds = [{spec.name: torch.from_numpy(part)} for part in parts[:count]]
         facts["data"] = "held-out samples"
+        if any(axis for axes in context.job.dynamic.values() for axis in axes):
+            facts["data"] += ", random inputs at other sizes"
     else:
         feeds = list(_random_feeds(built, resolved, takes_pixels(context.job)))
+    if context.job.dynamic:
+        # The opt shapes stay first: later stages take the first sample as an example. The largest come last.
+        ends = _end_feeds(built, resolved, x if resolved.heldout else None)
+        feeds = [*(feeds if resolved.heldout else feeds[:1]), *ends]
     outputs: dict[str, Tensor] = {}
     for i, feed in enumerate(feeds):
         outputs = run_eager(built.model, feed, names)

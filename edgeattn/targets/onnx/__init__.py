@@ -21,6 +21,7 @@ class OnnxTarget(Target):
     name: ClassVar[str] = "onnx"
     runtime_tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     device_runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    keeps_wider: ClassVar[bool] = True
     half_activations: ClassVar[bool] = True
 
     def availability(self) -> Availability:
@@ -51,7 +52,7 @@ class OnnxTarget(Target):
         availability = self.availability()
         if not availability.found:
             raise ToolchainMissing("ONNX Runtime is missing", why=availability.detail, fix=availability.fix)
-        from edgeattn.targets.onnx.runtime import OnnxRuntime
+        from edgeattn.targets.onnx_graph.execute import OnnxRuntime
 
         return OnnxRuntime(artifact)
 

@@ -2,154 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-import torch
-from onnxscript import rewriter
-
-from edgeattn.capture import Entry, Program
-from edgeattn.core.errors import ConversionFailed
-from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
-from edgeattn.targets.onnx.files import save, weight_bytes
-from edgeattn.targets.onnx.fp16 import to_fp16
-
-#: The newest opset whose graphs all of our later consumers parse (TensorRT takes decomposed attention only).
-OPSET = 20
-
-#: The exporter's notes on a node that stay in the file: the module path. The others hold file paths of this machine.
-_KEPT_NOTES = ("pkg.torch.onnx.name_scopes",)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _exact_constants() -> Iterator[None]:
-    """While this lasts the exporter's optimizer takes a constant for 0 or 1 only if it is.
-
-    Its patterns match within 1e-8: it would drop the addition of an epsilon of 1e-12, and a row of zeros would be
-    divided by zero.
-    """
-    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())  # private; a test tells when it moves
-    values: list[Any] = [value for rule in rules for node in rule._target_pattern for value in node.inputs]
-    constants = [(value, value._rel_tol, value._abs_tol) for value in values if hasattr(value, "_abs_tol")]
-    try:
-        for value, *_ in constants:
-            value._rel_tol = value._abs_tol = 0.0
-        yield
-    finally:
-        for value, relative, absolute in constants:
-            value._rel_tol, value._abs_tol = relative, absolute
-
-
-def _distinct_names(model: ir.Model) -> None:
-    """Rename values inside the graph that bear the name of an input or output; the recipe chooses those freely."""
-    outside = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
-    taken = {str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)}
-    inside = [value for node in model.graph.all_nodes() for value in node.outputs]
-    values = [v for v in (*inside, *model.graph.initializers.values()) if id(v) not in outside]
-    used = taken | {str(value.name) for value in values}
-    for value in values:
-        if value.name in taken:
-            number = next(i for i in itertools.count(1) if f"{value.name}_{i}" not in used)
-            value.name = f"{value.name}_{number}"
-            used.add(value.name)
-
-
-def _export(entry: Entry) -> ir.Model:
-    try:
-        with _quiet(), _exact_constants():
-            program = torch.onnx.export(
-                entry.graph,
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=list(entry.inputs),
-                output_names=list(entry.outputs),
-            )
-    except Exception as error:
-        raise _failure(entry, error) from error
-    if program is None:
-        raise ConversionFailed("the ONNX exporter returned nothing")
-    _distinct_names(program.model)
-    return program.model
-
-
-def _failure(entry: Entry, error: Exception) -> ConversionFailed:
-    """Every operation that has no ONNX form, with its module path; or the exporter's own reason."""
-    from torch.onnx._internal.exporter import _registration
-
-    with _quiet(), contextlib.suppress(Exception):
-        registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-        found = []
-        for node in entry.graph.run_decompositions({}).graph.nodes:
-            if (
-                node.op == "call_function"
-                and "getitem" not in str(node.target)
-                and not registry.get_decomps(node.target)
-            ):
-                stack = list((node.meta.get("nn_module_stack") or {}).values())
-                found.append(f"{node.target} in module {stack[-1][0] if stack and stack[-1][0] else '(model)'}")
-        if found:
-            return ConversionFailed(
-                "operations have no ONNX form",
-                why=f"{len(set(found))} found",
-                fix="write them with other PyTorch operations",
-                details=sorted(set(found)),
-            )
-    first: BaseException = error
-    while first.__cause__ is not None:
-        first = first.__cause__
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    return ConversionFailed(
-        "the ONNX exporter failed", why=f"{type(first).__name__}: {lines[0] if lines else ''}"[:400]
-    )
-
-
-def _tidy(model: ir.Model, metadata: dict[str, str]) -> None:
-    """Keep what is true on every machine, so that the same input gives the same bytes."""
-    model.graph.name = "main"
-    model.producer_name, model.producer_version = "edgeattn", metadata.get("edgeattn", "")
-    model.doc_string = None
-    model.metadata_props.clear()
-    model.metadata_props.update({f"edgeattn.{key}": value for key, value in sorted(metadata.items())})
-    for node in model.graph.all_nodes():
-        node.doc_string = None
-        for key in [key for key in node.metadata_props if key not in _KEPT_NOTES]:
-            del node.metadata_props[key]
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-
-
-def _tensors(values: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(str(v.name), tuple(int(n) for n in v.shape), str(v.dtype.numpy()) if v.dtype else "float32")
-        for v in values
-    )
+from edgeattn.capture import Program
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
+from edgeattn.targets.onnx_graph.files import save, weight_bytes
+from edgeattn.targets.onnx_graph.fp16 import to_fp16
 
 
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
@@ -163,15 +24,16 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     entries: dict[str, ArtifactEntry] = {}
     facts: dict[str, Any] = {"opset": OPSET, "entries": {}}
     for name, entry in program.entries.items():
-        model = _export(entry)
+        model = export(entry)
         note: dict[str, Any] = {}
         if plan.precision == "fp16":
             model, kept = to_fp16(model, plan.samples)
             note["kept_in_fp32"] = [k.as_dict() for k in kept]
-        _tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
+            plan.allow(note["kept_in_fp32"])
+        tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         file = "model.onnx" if name == "main" else f"{name}.onnx"
         save(model, out / file)
-        entries[name] = ArtifactEntry(file, _tensors(model.graph.inputs), _tensors(model.graph.outputs))
+        entries[name] = ArtifactEntry(file, tensors(model.graph.inputs), tensors(model.graph.outputs))
         note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
         note["weight_bytes"] = weight_bytes(model)
         facts["entries"][name] = note

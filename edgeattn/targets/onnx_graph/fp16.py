@@ -18,10 +18,12 @@ import onnx
 import onnx_ir as ir
 
 from edgeattn.core.numerics import TOLERANCES, Array, compare
-from edgeattn.targets.onnx.runtime import module_of, trace_model
+from edgeattn.targets.onnx_graph.execute import module_of, trace_model
 
 #: Largest finite float16.
 LARGEST = 65504.0
+#: Adding one to this float16 leaves it as it is.
+COUNTS_TO = 2048.0
 #: Samples are not all inputs: a tensor that reaches half of ``LARGEST`` on them is kept in float32.
 HEADROOM = 2.0
 #: An operation whose relative L2 error exceeds the first, and its inputs' error times the second, is kept in float32.
@@ -76,12 +78,15 @@ def _sum_length(node: ir.Node) -> float:
     return float(np.prod([int(n) for n in before]) / max(1.0, float(np.prod([int(n) for n in after]))))  # type: ignore[arg-type]
 
 
-def _sum_of_squares(node: ir.Node, value: Array) -> float:
+def _sum_of_squares(node: ir.Node, value: Array, half_inside: bool) -> float:
     """Largest sum of squares that a normalization adds up inside, given its first input; 0 for other operations.
 
-    LayerNormalization is none of these: it computes in float32 by its definition.
+    LayerNormalization computes in float32 by its definition, which not every runtime heeds: ``half_inside``.
     """
-    if node.op_type == "InstanceNormalization":
+    if node.op_type == "LayerNormalization" and half_inside:
+        axis = node.attributes.get_int("axis", -1) % value.ndim
+        rows = value.reshape(int(np.prod(value.shape[:axis])), -1)
+    elif node.op_type == "InstanceNormalization":
         rows = value.reshape(value.shape[0] * value.shape[1], -1)
     elif node.op_type == "GroupNormalization":
         rows = value.reshape(value.shape[0] * node.attributes["num_groups"].as_int(), -1)
@@ -118,6 +123,13 @@ def _out_of_range(node: ir.Node, peaks: Mapping[str, float], squares: float) -> 
     if squares > limit:
         return f"its sum of squares reaches {squares:.3g}, float16 ends at {LARGEST:.0f}"
     return None
+
+
+def _softmax_sum(node: ir.Node, value: Array) -> float:
+    """Largest sum of exponentials that a softmax divides by, given its result: the largest of a row is 1 over it."""
+    if node.op_type != "Softmax" or not value.size:
+        return 0.0
+    return 1.0 / max(float(value.max(axis=node.attributes.get_int("axis", -1)).min()), 1e-9)
 
 
 def _float_inputs(node: ir.Node) -> list[ir.Value]:
@@ -369,12 +381,15 @@ class _Search:
             self.rounds += 1
 
 
-def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir.Model, list[Kept]]:
+def to_fp16(
+    model: ir.Model, samples: Sequence[Mapping[str, Array]], *, half_inside: bool = False
+) -> tuple[ir.Model, list[Kept]]:
     """A float16 copy of ``model``, and the operations that it keeps in float32 with the reasons.
 
     Args:
         model: float32, straight from the exporter.
         samples: feeds on which ranges and errors are measured; at least one.
+        half_inside: whether the runtime may compute in float16 inside of LayerNormalization and Softmax too.
     """
     if not samples:
         raise ValueError("to_fp16 needs at least one sample to measure on")
@@ -387,11 +402,16 @@ def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir
             readers.setdefault(str(node.inputs[0].name), []).append(node)
     peaks: dict[str, float] = {}
     squares: dict[str, float] = {}
+    softmaxes: dict[str, float] = {}
+    makers = {str(v.name): node for node in model.graph for v in node.outputs if node.op_type == "Softmax"}
 
     def measure(name: str, value: Array) -> None:
         peaks[name] = max(peaks.get(name, 0.0), _peak(value))
         for node in readers.get(name, ()):
-            squares[str(node.name)] = max(squares.get(str(node.name), 0.0), _sum_of_squares(node, value))
+            found = _sum_of_squares(node, value, half_inside)
+            squares[str(node.name)] = max(squares.get(str(node.name), 0.0), found)
+        if half_inside and name in makers:
+            softmaxes[name] = max(softmaxes.get(name, 0.0), _softmax_sum(makers[name], value))
 
     outputs = {str(value.name) for value in model.graph.outputs}
     references: list[dict[str, Array]] = []  # every tensor of the first sample alone: they fill memory
@@ -406,6 +426,9 @@ def to_fp16(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> tuple[ir
     for node in model.graph:
         if why := _out_of_range(node, peaks, squares.get(str(node.name), 0.0)):
             search.keep(node, why)
+    for name, total in softmaxes.items():
+        if total > COUNTS_TO:
+            search.keep(makers[name], f"adds up exponentials to {total:.0f}, by ones float16 counts to {COUNTS_TO:.0f}")
     for node, why in _vanishing(model):
         search.keep(node, why)
     search.on(references[0], samples[0])

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
-from edgeattn.targets.onnx import files
+from edgeattn.targets.onnx_graph import files
 
 #: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.
 TRACE_BYTES = 512_000_000
@@ -113,18 +113,29 @@ def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceVa
             yield TraceValue(name, module_of(node), node.op_type, array)
 
 
-class OnnxRuntime:
-    """An artifact's entries under ONNX Runtime; sessions are made when first needed."""
+def outputs_of(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs of a graph in memory by name, with graph optimizations off."""
+    names = [str(value.name) for value in model.graph.outputs]
+    return dict(zip(names, _session_of(model).run(names, dict(feeds)), strict=True))
 
-    def __init__(self, artifact: Artifact) -> None:
+
+class OnnxRuntime:
+    """An artifact's entries under ONNX Runtime; sessions are made when first needed.
+
+    Args:
+        optimized: with ONNX Runtime's own optimizations; without them every node computes what the graph says.
+    """
+
+    def __init__(self, artifact: Artifact, optimized: bool = True) -> None:
         self._artifact = artifact
+        self._optimized = optimized
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def _path(self, entry: str) -> str:
         return str(self._artifact.folder / entry_of(self._artifact, entry).file)
 
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name, as ONNX Runtime computes them with its default optimizations.
+        """Outputs by name, as ONNX Runtime computes them.
 
         Raises:
             UsageError: unknown entry, or feeds whose names, shapes or dtypes differ from the entry's.
@@ -132,7 +143,7 @@ class OnnxRuntime:
         path = self._path(entry)
         check_feeds(self._artifact.entries[entry].inputs, feeds)
         if entry not in self._sessions:
-            self._sessions[entry] = _session(path)
+            self._sessions[entry] = _session(path, self._optimized)
         session = self._sessions[entry]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))

@@ -1,0 +1,1 @@
+"""The TensorRT part of run.py; being written."""

@@ -1,0 +1,213 @@
+"""From a captured program to strongly typed ONNX graphs, engines and ``build.sh``.
+
+Every tensor's type stands in the graph: TensorRT 11 knows no other way. fp16 by casts, int8 and fp8 by pairs of
+QuantizeLinear and DequantizeLinear. All entries are written and parsed before the first engine is built.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgeattn.capture import Entry, Program
+from edgeattn.core.errors import ConversionFailed, UsageError
+from edgeattn.core.numerics import TOLERANCES, compare
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.onnx_graph.execute import module_of, outputs_of
+from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
+from edgeattn.targets.onnx_graph.files import save, weight_bytes
+from edgeattn.targets.onnx_graph.fp16 import to_fp16
+from edgeattn.targets.onnx_graph.qdq import NUMBERS, Calibration
+from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX
+from edgeattn.targets.tensorrt.engine import Builder, Profiles
+from edgeattn.targets.tensorrt.trtexec import Build, script
+
+#: Matrix products, which TensorRT for RTX does not have in float32 for compute capability 7.5.
+_PRODUCTS = ("MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
+#: Of all quantized operations this share goes back to floats in a round, while the outputs are too far off.
+_SHARE = 0.1
+_ROUNDS = 6
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """A name of its own for every node: profiles and messages of TensorRT speak of nodes by name."""
+    taken: set[str] = set()
+    for i, node in enumerate(model.graph):
+        name = node.name or f"node_{i}"
+        if name in taken:
+            name = next(n for k in itertools.count(1) if (n := f"{name}_{k}") not in taken)
+        node.name = name
+        taken.add(name)
+
+
+def _quantized(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
+    """The graph with small numbers at its weighted operations, but for those that the outputs cannot bear.
+
+    While an output is further off than four fifths of the tolerance, the operations that lose most go back to floats.
+    """
+    calibration = Calibration(model, plan.samples, NUMBERS[plan.precision])
+    loud = [str(w.node.name) for w in sorted(calibration.operations, key=lambda w: -w.noise)]
+    references = [outputs_of(model, feeds) for feeds in plan.samples]
+    without: set[str] = set()
+    for _ in range(_ROUNDS + 1):
+        quantized = calibration.apply(model, without)
+        worst = max(
+            compare(value, ours[name]).relative_l2
+            for reference, feeds in zip(references, plan.samples, strict=True)
+            for ours in (outputs_of(quantized, feeds),)
+            for name, value in reference.items()
+        )
+        if worst <= 0.8 * TOLERANCES[plan.precision] or len(without) == len(loud):
+            break
+        without |= set(loud[: len(without) + max(1, round(_SHARE * len(loud)))])
+    operations = calibration.facts(without)
+    left = [str(w.node.name) for w in calibration.operations if w.node.name in without]
+    return quantized, {
+        "numbers": NUMBERS[plan.precision].name,
+        "calibrated_on": f"{len(plan.samples)} samples",
+        "operations": operations,
+        "left_in_floats": left,
+    }
+
+
+def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
+    """An entry in the plan's precision, and what is worth knowing of it."""
+    model = export(entry)
+    _name_nodes(model)
+    note: dict[str, Any] = {}
+    if plan.precision != "fp32":
+        model, kept = to_fp16(model, plan.samples, half_inside=True)
+        note["kept_in_fp32"] = [k.as_dict() for k in kept]
+        plan.allow(note["kept_in_fp32"])
+    if plan.precision in NUMBERS:
+        model, note["quantized"] = _quantized(model, plan)
+    _name_nodes(model)
+    tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
+    note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
+    note["modules"] = {str(node.name): module for node in model.graph if (module := module_of(node))}
+    note["weight_bytes"] = weight_bytes(model)
+    return model, note
+
+
+def _check_compute(model: ir.Model, plan: LowerPlan, compute: str) -> None:
+    """What a GPU is known not to have, said before anything is built.
+
+    Raises:
+        ConversionFailed: names the modules.
+    """
+    if compute == PORTABLE:
+        return
+    if plan.precision == "fp8" and float(compute) < FIRST_FP8:
+        raise ConversionFailed(
+            "the GPU has no fp8",
+            value=f"compute {compute}",
+            why=f"fp8 begins with compute capability {FIRST_FP8}",
+            fix="--precision w8a8, or fp16",
+        )
+    found = [
+        node
+        for node in model.graph
+        if compute == "7.5" and node.op_type in _PRODUCTS and node.outputs[0].dtype == ir.DataType.FLOAT
+    ]
+    if found:
+        raise ConversionFailed(
+            "the GPU cannot multiply matrices in float32",
+            value=f"compute {compute}",
+            where=f"module {module_of(found[0]) or '(model)'}",
+            why=f"TensorRT for RTX has no float32 matrix product for Turing; the graph has {len(found)}",
+            fix="--precision fp16, or -O flavour=full (TensorRT 10 has it, and builds on the device)",
+            details=[f"{node.op_type} in module {module_of(node) or '(model)'}" for node in found],
+        )
+
+
+def _check_options(plan: LowerPlan) -> None:
+    """Raises UsageError for what the flavour cannot do here."""
+    if plan.options["flavour"] == RTX and plan.options["strip"] == "yes":
+        raise UsageError(
+            "a stripped plan cannot be made here",
+            value="strip=yes",
+            where="target tensorrt",
+            why="TensorRT for RTX strips plans on a machine with a GPU only",
+            fix="leave it away; with -O flavour=full build.sh strips on the device",
+        )
+
+
+def profiles_of(entry: Entry, inputs: Any) -> Profiles:
+    """By input with dynamic dimensions: smallest, usual and largest shape."""
+    found: dict[str, tuple[list[int], list[int], list[int]]] = {}
+    for spec in inputs:
+        ranges = dict(entry.dynamic.get(spec.name, {}))
+        if ranges:
+            shapes = [[ranges[i][k] if i in ranges else n for i, n in enumerate(spec.shape)] for k in range(3)]
+            found[spec.name] = (shapes[0], shapes[1], shapes[2])
+    return found
+
+
+def _build_of(file: str, plan: LowerPlan, profiles: Profiles) -> Build:
+    """What ``build.sh`` does on a device for an entry."""
+    workspace = plan.options["workspace_mb"]
+    return Build(
+        onnx=file,
+        engine=f"{Path(file).stem}.engine",
+        precision=plan.precision,
+        profiles={name: tuple(map(tuple, shapes)) for name, shapes in profiles.items()},  # type: ignore[misc]
+        workspace_mb=None if workspace == "default" else int(workspace),
+        weight_streaming=plan.options["weight_streaming"] == "yes",
+        strip=plan.options["strip"] == "yes",
+        timing_cache="timing.cache",
+        level=None if plan.options["level"] == "3" else int(plan.options["level"]),
+    )
+
+
+def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
+    """Write a graph for each entry (``model.onnx`` for ``main``), an engine for each compute capability, ``build.sh``.
+
+    Raises:
+        ConversionFailed: lists nodes that the parser does not take, or says why no engine can be built.
+        CheckFailed: the plan is strict, and operations need float32. UsageError: an option that the flavour lacks.
+    """
+    _check_options(plan)
+    flavour = plan.options["flavour"]
+    computes = plan.options["compute"].split("+") if flavour == RTX else []
+    entries: dict[str, ArtifactEntry] = {}
+    facts: dict[str, Any] = {}
+    parsed: dict[str, tuple[Builder, Profiles]] = {}
+    for name, entry in program.entries.items():
+        model, note = _typed(entry, name, plan)
+        for compute in computes:
+            _check_compute(model, plan, compute)
+        file = "model.onnx" if name == "main" else f"{name}.onnx"
+        save(model, out / file)
+        builder = Builder(model, out / file, flavour)
+        note["network"] = builder.parse()
+        inputs = tensors(model.graph.inputs, entry.dynamic)
+        profiles = profiles_of(entry, inputs)
+        note["profiles"] = {n: dict(zip(("min", "opt", "max"), map(list, s), strict=True)) for n, s in profiles.items()}
+        note["parser"] = {"distribution": builder.distribution, "version": builder.version}
+        entries[name] = ArtifactEntry(file, inputs, tensors(model.graph.outputs, entry.dynamic))
+        facts[name], parsed[name] = note, (builder, profiles)
+    for name, (builder, profiles) in parsed.items():
+        facts[name]["engines"] = []
+        for compute in computes:
+            built = builder.build(compute, plan.precision, plan.options, profiles)
+            which = compute if compute == PORTABLE else f"sm{compute.replace('.', '')}"
+            file = f"{Path(entries[name].file).stem}.{which}.engine"
+            (out / file).write_bytes(built.plan)
+            facts[name]["engines"].append(
+                {
+                    "file": file,
+                    "compute_capability": compute,
+                    "tensorrt": builder.version,
+                    "bytes": len(built.plan),
+                    "seconds": round(built.seconds, 2),
+                    "names_inside": all(t.name.encode() in built.plan for t in entries[name].inputs),
+                }
+            )
+    builds = {name: _build_of(entry.file, plan, parsed[name][1]) for name, entry in entries.items()}
+    (out / "build.sh").write_text(script(builds), encoding="utf-8")
+    about = {"opset": OPSET, "flavour": flavour, "options": dict(plan.options), "entries": facts}
+    return Artifact(out, plan.precision, entries, about)
