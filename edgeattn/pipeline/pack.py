@@ -14,6 +14,7 @@ from edgeattn import targets
 from edgeattn.bundle import Bundle, Manifest, write_bundle
 from edgeattn.bundle.manifest import ArtifactInfo, EntryInfo, RuntimeInfo, StageInfo, TensorInfo, Weights
 from edgeattn.core import tools
+from edgeattn.core.specs import shape_words
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished
 from edgeattn.pipeline.stages.lower import entries_of
@@ -97,10 +98,11 @@ def _shared(runs: Mapping[str, Finished]) -> set[str]:
 
 def _readme(manifest: Manifest) -> str:
     inputs = [
-        f"- `{t.name}` {tuple(t.shape)} {t.dtype}{', raw pixels' if t.pixels else ''}{_LAYOUTS.get(t.layout, '')}"
+        f"- `{t.name}` {shape_words(t.shape, t.dynamic)} {t.dtype}{', raw pixels' if t.pixels else ''}"
+        f"{_LAYOUTS.get(t.layout, '')}"
         for t in manifest.entries["main"].inputs
     ]
-    outputs = [f"- `{t.name}` {tuple(t.shape)} {t.dtype}" for t in manifest.entries["main"].outputs]
+    outputs = [f"- `{t.name}` {shape_words(t.shape, t.dynamic)} {t.dtype}" for t in manifest.entries["main"].outputs]
     random = manifest.weights.kind == "random"
     weights = "RANDOM: nothing was trained, the outputs mean nothing" if random else "from a checkpoint"
     run = []

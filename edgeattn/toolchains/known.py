@@ -70,8 +70,8 @@ KNOWN = {
                 "numpy==2.4.6",
             ),
             probe="modelopt.onnx.quantization",
-            size_mb=1440,
-            seconds=90,
+            size_mb=1290,
+            seconds=80,
             note="with the CPU build of torch; an index of pip that has only the CUDA build makes it several GB more, "
             "so let pip know PyTorch's CPU index first",
         ),

@@ -35,7 +35,7 @@ def check(name: str, precision: str, output: Path, compute: str = "8.6,8.9,12.0"
         assert (bundle.path / engine["file"]).stat().st_size == engine["bytes"] > facts["weight_bytes"] / 4
         assert engine["names_inside"]
         assert engine["seconds"] > 0
-    assert facts["layers"] if "layers" in facts else facts["network"]["layers"]
+    assert facts["network"]["layers"]
     assert facts["network"]["layer_types"].get(TYPES[precision], 0) > 0
     spec = bundle.manifest.entries["main"].inputs[0]
     assert facts["network"]["inputs"] == [{"name": spec.name, "shape": list(spec.shape), "dtype": "float"}]

@@ -7,7 +7,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -146,16 +146,16 @@ def tidy(model: ir.Model, metadata: dict[str, str]) -> None:
         value.metadata_props.clear()
 
 
-def tensors(values: Any, dynamic: Mapping[str, Mapping[int, tuple[int, int, int]]] | None = None) -> tuple[Tensor, ...]:
+def tensors(values: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]] | None = None) -> tuple[Tensor, ...]:
     """A graph's inputs or outputs as an artifact's.
 
     Args:
-        dynamic: smallest, usual and largest size of dynamic dimensions, by input and axis.
+        shapes: where dimensions vary, the shapes by name that were met, the usual one first.
     """
     found = []
     for value in values:
-        ranges = (dynamic or {}).get(str(value.name), {})
-        shape = tuple(ranges[i][1] if i in ranges else int(n) for i, n in enumerate(value.shape))
-        dtype = str(value.dtype.numpy()) if value.dtype else "float32"
-        found.append(Tensor(str(value.name), shape, dtype))
+        name, dtype = str(value.name), str(value.dtype.numpy()) if value.dtype else "float32"
+        met = (shapes or {}).get(name) or [tuple(int(n) for n in value.shape)]
+        sizes = [(i, min(each), each[0], max(each)) for i, each in enumerate(zip(*met, strict=True))]
+        found.append(Tensor(name, met[0], dtype, dynamic=tuple(size for size in sizes if size[1] != size[3])))
     return tuple(found)

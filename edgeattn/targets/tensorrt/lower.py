@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, compare
-from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.onnx_graph.execute import module_of, outputs_of
 from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
@@ -136,14 +137,23 @@ def _check_options(plan: LowerPlan) -> None:
         )
 
 
-def profiles_of(entry: Entry, inputs: Any) -> Profiles:
+def _shapes(model: ir.Model, entry: Entry, plan: LowerPlan) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of inputs and outputs on the samples, the usual ones first; {} where nothing varies."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for feeds in plan.samples if entry.dynamic else ():
+        for name, value in {**feeds, **outputs_of(model, feeds)}.items():
+            found.setdefault(name, []).append(value.shape)
+    return found
+
+
+def _profiles(inputs: Sequence[Tensor]) -> Profiles:
     """By input with dynamic dimensions: smallest, usual and largest shape."""
     found: dict[str, tuple[list[int], list[int], list[int]]] = {}
     for spec in inputs:
-        ranges = dict(entry.dynamic.get(spec.name, {}))
-        if ranges:
-            shapes = [[ranges[i][k] if i in ranges else n for i, n in enumerate(spec.shape)] for k in range(3)]
-            found[spec.name] = (shapes[0], shapes[1], shapes[2])
+        ends = {axis: sizes for axis, *sizes in spec.dynamic}
+        if ends:
+            low, opt, high = ([ends[i][k] if i in ends else n for i, n in enumerate(spec.shape)] for k in range(3))
+            found[spec.name] = (low, opt, high)
     return found
 
 
@@ -184,11 +194,12 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         save(model, out / file)
         builder = Builder(model, out / file, flavour)
         note["network"] = builder.parse()
-        inputs = tensors(model.graph.inputs, entry.dynamic)
-        profiles = profiles_of(entry, inputs)
+        shapes = _shapes(model, entry, plan)
+        inputs = tensors(model.graph.inputs, shapes)
+        profiles = _profiles(inputs)
         note["profiles"] = {n: dict(zip(("min", "opt", "max"), map(list, s), strict=True)) for n, s in profiles.items()}
         note["parser"] = {"distribution": builder.distribution, "version": builder.version}
-        entries[name] = ArtifactEntry(file, inputs, tensors(model.graph.outputs, entry.dynamic))
+        entries[name] = ArtifactEntry(file, inputs, tensors(model.graph.outputs, shapes))
         facts[name], parsed[name] = note, (builder, profiles)
     for name, (builder, profiles) in parsed.items():
         facts[name]["engines"] = []
