@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from edgeattn import targets
+from edgeattn import targets, toolchains
 from edgeattn.core import tools
 from edgeattn.pipeline.cache import Cache
 from edgeattn.profile import emulator
@@ -76,6 +76,19 @@ def _emulator() -> Finding:
     return Finding("emulator", purpose, True, f"qemu {found.versions.get('qemu-user', '')} in {found.folder}")
 
 
+def _toolchain(name: str) -> Finding:
+    """One that has an environment of its own; its packages are read there, not here."""
+    toolchain = toolchains.get(name)
+    shown, purpose, line = f"toolchain {name}", toolchain.purpose, toolchain.line
+    try:
+        found = toolchains.installed(name)
+    except Exception as error:  # a folder that cannot be read
+        return Finding(shown, purpose, False, f"{type(error).__name__}: {error}", line)
+    if not found.usable:
+        return Finding(shown, purpose, False, found.why, line)
+    return Finding(shown, purpose, True, ", ".join(f"{name} {text}" for name, text in list(found.versions.items())[:2]))
+
+
 def _cache() -> Finding:
     root = Cache.default().root
     try:
@@ -88,7 +101,7 @@ def _cache() -> Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at Python, every package and every target."""
+    """Look at Python, every package, target and toolchain, the emulator and the cache."""
     fine = sys.version_info >= (3, 10)
     python = Finding(
         "python",
@@ -101,4 +114,11 @@ def examine() -> list[Finding]:
         names = targets.names()
     except Exception:  # broken metadata of somebody else's package
         names = []
-    return [python, *(_package(*row) for row in _PACKAGES), *(_target(name) for name in names), _emulator(), _cache()]
+    return [
+        python,
+        *(_package(*row) for row in _PACKAGES),
+        *(_target(name) for name in names),
+        *(_toolchain(name) for name in toolchains.known()),
+        _emulator(),
+        _cache(),
+    ]

@@ -14,7 +14,7 @@ PACKAGE = Path(edgeattn.__file__).parent
 #: From the ground up; rooms of one floor do not import each other.
 FLOORS = [
     ("core",),
-    ("recipe", "device"),
+    ("recipe", "device", "toolchains"),
     ("models",),
     ("reparam",),
     ("capture",),

@@ -22,6 +22,7 @@ def command(as_json: bool) -> None:
         return
     out = console()
     rows = table("toolchain", "for", "state", "version, or why it is off", "how to get it")
+    rows.columns[-1].no_wrap = True  # lines are there to be copied
     for item in found:
         state = "[green]found[/green]" if item.found else "[yellow]off[/yellow]"
         rows.add_row(item.name, item.purpose, state, escape(item.detail), escape(item.fix or ""))

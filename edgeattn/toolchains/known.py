@@ -52,7 +52,7 @@ KNOWN = {
     for toolchain in (
         Toolchain(
             name="modelopt",
-            purpose="int8 and fp8 ONNX with explicit Q/DQ for TensorRT (NVIDIA ModelOpt)",
+            purpose="int8 and fp8 for TensorRT, by NVIDIA ModelOpt",
             # ModelOpt's own [onnx] extra adds onnxruntime-gpu and cupy, 0.7 GB more, and cppimport. On a CPU its int8
             # and fp8 work without them; of the extra only what `modelopt.onnx.quantization` imports is here.
             requirements=(
@@ -77,7 +77,7 @@ KNOWN = {
         ),
         Toolchain(
             name="polygraphy",
-            purpose="looks into ONNX graphs, compares runs, builds TensorRT-RTX engines",
+            purpose="ONNX graphs and TensorRT engines, looked into",
             requirements=(
                 "polygraphy==0.53.6",
                 "onnx-graphsurgeon==0.6.1",
@@ -87,8 +87,8 @@ KNOWN = {
                 "numpy==2.3.5",
             ),
             probe="polygraphy.tools",
-            size_mb=470,
-            seconds=25,
+            size_mb=430,
+            seconds=15,
             machines=("x86_64", "AMD64"),
         ),
     )
