@@ -1,1 +1,508 @@
-"""The TensorRT part of run.py; being written."""
+"""The TensorRT part of a bundle's ``run.py``: engines built or found, golden inputs, and a profile on the GPU.
+
+Python 3.9+, NumPy, a TensorRT (``tensorrt`` 10 or 11, or ``tensorrt_rtx``) and NVIDIA's driver, which is called through
+ctypes: no CUDA toolkit, no PyTorch. Written against the documented APIs of TensorRT 10 and 11 and of TensorRT for RTX
+1.7: it was never run on a GPU.
+
+An engine that the bundle carries is used where it fits the GPU and TensorRT's version; else one is built from the typed
+graph and kept under the cache by the hashes of graph, GPU, driver and version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+if TYPE_CHECKING:
+    from edgeattn.bundle import runner as run
+else:
+    import run  # run.py, beside this file
+
+Data = run.Data
+
+LIBRARY = "libcuda.so.1"
+#: How often a launch is timed by CUDA events where --runs does not say.
+LAUNCHES = 200
+#: Of the layers a profile shows so many, the slowest first.
+SHOWN = 12
+_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "workspace")
+_ANYWHERE = "edgeattn verify BUNDLE compares the typed graph on any machine"
+
+
+# The driver ---------------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """CUDA's driver API for the first GPU, as far as it is needed here.
+
+    Args:
+        library: what ctypes loaded, or something that has its functions.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self("cuInit", 0)
+        self._device = ctypes.c_int()
+        self("cuDeviceGet", ctypes.byref(self._device), 0)
+        context = ctypes.c_void_p()
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        self("cuCtxSetCurrent", context)
+        stream = ctypes.c_void_p()
+        self("cuStreamCreate", ctypes.byref(stream), 1)  # beside the default stream
+        self.stream = stream
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        """Call a function; Problem with CUDA's own word where it does not succeed."""
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            word = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(word))
+            said = (word.value or b"an unknown error").decode()
+            nothing = said in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_STUB_LIBRARY", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
+            raise run.Problem(3 if nothing else 1, f"{name} of NVIDIA's driver: {said} ({code})", _ANYWHERE)
+
+    @property
+    def gpu(self) -> Data:
+        """Name and compute capability of the GPU, and the newest CUDA that the driver knows."""
+        name, driver = ctypes.create_string_buffer(256), ctypes.c_int()
+        self("cuDeviceGetName", name, 256, self._device)
+        self("cuDriverGetVersion", ctypes.byref(driver))
+        numbers = []
+        for attribute in (75, 76):  # major and minor of the compute capability
+            value = ctypes.c_int()
+            self("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+            numbers.append(str(value.value))
+        version = run._read("/sys/module/nvidia/version") or "unknown"
+        cuda = f"{driver.value // 1000}.{driver.value % 1000 // 10}"
+        return {"gpu": name.value.decode(), "compute_capability": ".".join(numbers), "driver": version, "cuda": cuda}
+
+    def memory(self, size: int) -> ctypes.c_uint64:
+        """Device memory; freed with the process."""
+        pointer = ctypes.c_uint64()
+        self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
+        return pointer
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array in the host's page-locked memory, from which transfers are fastest; freed with the process."""
+        import numpy as np
+
+        size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
+        pointer = ctypes.c_void_p()
+        self("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size), 0)
+        raw = (ctypes.c_char * size).from_address(pointer.value or 0)
+        return np.frombuffer(raw, dtype, count=int(np.prod(shape))).reshape(shape)
+
+    def upload(self, memory: ctypes.c_uint64, array: Any) -> None:
+        """Host to device, on the stream."""
+        self("cuMemcpyHtoDAsync_v2", memory, ctypes.c_void_p(array.ctypes.data), _size(array), self.stream)
+
+    def download(self, array: Any, memory: ctypes.c_uint64) -> None:
+        """Device to host, on the stream."""
+        self("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), memory, _size(array), self.stream)
+
+    def wait(self) -> None:
+        """Until the stream is empty."""
+        self("cuStreamSynchronize", self.stream)
+
+    def event(self) -> ctypes.c_void_p:
+        """A new event."""
+        made = ctypes.c_void_p()
+        self("cuEventCreate", ctypes.byref(made), 0)
+        return made
+
+    def timed(self, work: Callable[[], None], begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """How long the GPU takes for what ``work`` puts on the stream, in ms."""
+        self("cuEventRecord", begin, self.stream)
+        work()
+        self("cuEventRecord", end, self.stream)
+        self("cuEventSynchronize", end)
+        took = ctypes.c_float()
+        self("cuEventElapsedTime", ctypes.byref(took), begin, end)
+        return took.value
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work`` captured as a CUDA graph, to be launched as one."""
+        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
+        self("cuStreamBeginCapture_v2", self.stream, 2)  # relaxed: TensorRT may look things up meanwhile
+        work()
+        self("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+        self("cuGraphInstantiateWithFlags", ctypes.byref(made), graph, ctypes.c_uint64(0))
+        return lambda: self("cuGraphLaunch", made, self.stream)
+
+
+def _size(array: Any) -> ctypes.c_size_t:
+    return ctypes.c_size_t(array.nbytes)
+
+
+def driver() -> Driver:
+    """The driver of this machine.
+
+    Raises:
+        run.Problem: 3, there is no NVIDIA driver or no GPU.
+    """
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError:
+        raise run.Problem(3, "no NVIDIA GPU here: its driver is not installed", _ANYWHERE) from None
+    return Driver(library)
+
+
+# TensorRT -----------------------------------------------------------------------------------------------------------
+
+
+def module(part: Data) -> tuple[Any, str]:
+    """The TensorRT of this machine, the flavour's own before the other, and what it is called with its version."""
+    name = run.runtime_name(part)
+    if not name:
+        raise run.lacking([part])
+    trt = importlib.import_module(run.MODULES["tensorrt"][name])
+    return trt, f"{name} {trt.__version__}"
+
+
+def lacking(why: str, fix: str) -> tuple[str, str]:
+    """Why nothing runs here, and what to do."""
+    return why, f"{fix}    (Jetson: sudo apt install python3-libnvinfer). {_ANYWHERE}"
+
+
+def identity(part: Data) -> str:
+    """What the golden outputs were found to hold with: the GPU, its driver, and TensorRT's version."""
+    return json.dumps([module(part)[1], driver().gpu], sort_keys=True)
+
+
+class _Said:
+    """What TensorRT's logger was told, errors and warnings apart."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def logger(self, trt: Any) -> Any:
+        """A logger that prints nothing."""
+        said = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    said.errors.append(message)
+
+        return Logger()
+
+
+def build(trt: Any, part: Data, entry: str) -> bytes:
+    """An engine of the entry's typed graph for this machine's GPU.
+
+    Raises:
+        run.Problem: 4, the parser does not take it, or the builder gives none; with their own words.
+    """
+    said, facts = _Said(), part["facts"]
+    builder = trt.Builder(said.logger(trt))  # held while network and parser live
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other way
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, builder.logger)
+    if not parser.parse_from_file(run.place(part["entries"][entry]["file"])):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        lines = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors] or said.errors
+        raise run.Problem(4, f"TensorRT {trt.__version__} cannot parse {entry}: {'; '.join(lines)[:2000]}")
+    config, options = builder.create_builder_config(), facts.get("options", {})
+    if part["precision"] == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.get("weight_streaming") == "yes":
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config.builder_optimization_level = int(options.get("level", 3))
+    if options.get("workspace_mb", "default") != "default":
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options["workspace_mb"]) << 20)
+    profiles = facts["entries"][entry].get("profiles") or {}
+    if profiles:
+        profile = builder.create_optimization_profile()
+        for name, shapes in profiles.items():
+            profile.set_shape(name, *(tuple(shapes[end]) for end in ("min", "opt", "max")))
+        config.add_optimization_profile(profile)
+    timings = os.path.join(run.CACHE, "engines", f"timing-{trt.__version__}.cache")
+    cache = config.create_timing_cache(_bytes(timings))
+    config.set_timing_cache(cache, False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _not_built(trt, entry, said.errors)
+    try:
+        _write(timings, bytes(config.get_timing_cache().serialize()))
+    except (AttributeError, TypeError, OSError):
+        pass  # the next build takes longer
+    return bytes(plan)
+
+
+def _not_built(trt: Any, entry: str, errors: list[str]) -> run.Problem:
+    text = "; ".join(dict.fromkeys(errors)) or "it gave no reason"
+    fix = "use the TensorRT that the bundle was made with, or export in another precision"
+    if any(words in text.lower() for words in _MEMORY):
+        fix = (
+            "the message says how much it asked for: close other programs, export with -O workspace_mb=512 or "
+            "-O weight_streaming=yes; on a Jetson GPU and CPU share one memory, and swap helps the CPU's part"
+        )
+    return run.Problem(4, f"TensorRT {trt.__version__} cannot build {entry}: {text[:2000]}", fix)
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read()
+    except OSError:
+        return b""
+
+
+def _write(path: str, data: bytes) -> None:
+    """Whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.{os.getpid()}", "wb") as handle:
+        handle.write(data)
+    os.replace(f"{path}.{os.getpid()}", path)
+
+
+def _prebuilt(part: Data, entry: str, name: str, compute: str) -> str:
+    """The bundle's engine for this GPU and this very TensorRT; "" if it has none."""
+    facts = part["facts"]["entries"][entry]
+    fitting = [e for e in facts.get("engines", ()) if f"tensorrt-rtx {e['tensorrt']}" == name]
+    for wanted in (compute, "portable"):
+        for engine in fitting:
+            if engine["compute_capability"] == wanted and (wanted == compute or float(compute) >= 8.0):
+                return run.place(engine["file"])
+    return ""
+
+
+def engine_of(part: Data, entry: str, cuda: Driver) -> tuple[Any, Any, Data]:
+    """A runtime, which has to outlive its engine; the engine; and where it is from.
+
+    Raises:
+        run.Problem: 4, none can be built; 1, what was built cannot be opened.
+    """
+    trt, name = module(part)
+    gpu = cuda.gpu
+    ready = _prebuilt(part, entry, name, gpu["compute_capability"])
+    source, data = "prebuilt", _bytes(ready) if ready else b""
+    if not ready:
+        file = part["entries"][entry]["file"]
+        about = [_sha256(run.place(file)), name, gpu, part["precision"], part["facts"].get("options"), entry]
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        path = os.path.join(run.CACHE, "engines", f"{key}.engine")
+        source, data = "cached", _bytes(path)
+        if not data:
+            begun = time.perf_counter()
+            data = build(trt, part, entry)
+            source = f"built in {time.perf_counter() - begun:.1f} s"
+            _write(path, data)
+    said = _Said()
+    runtime = trt.Runtime(said.logger(trt))
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        words = "; ".join(said.errors)[:1000] or "no reason given"
+        raise run.Problem(1, f"{name} cannot open the engine ({source}): {words}", run.advice(part))
+    return runtime, engine, {**gpu, "tensorrt": name, "engine": source}
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for piece in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# Running ------------------------------------------------------------------------------------------------------------
+
+
+class Opened:
+    """An engine with its buffers.
+
+    Attributes:
+        trt: the TensorRT module. about: GPU, driver, TensorRT, and where the engine is from.
+    """
+
+    def __init__(self, part: Data, entry: str, cuda: Driver) -> None:
+        self.cuda, self._spec = cuda, part["entries"][entry]
+        self._runtime, self.engine, self.about = engine_of(part, entry, cuda)
+        self.context = self.engine.create_execution_context()
+        self.trt = module(part)[0]
+        self.host: Data = {}
+        self.device: Data = {}
+        self._shapes: Data = {}
+
+    def prepare(self, feeds: Data) -> None:
+        """Buffers for feeds of these shapes; made anew when they change."""
+        shapes = {name: value.shape for name, value in feeds.items()}
+        if shapes == self._shapes:
+            return
+        for name, shape in shapes.items():
+            if not self.context.set_input_shape(name, shape):
+                raise run.Problem(2, f"the engine does not take input {name} of shape {shape}")
+        for spec in (*self._spec["inputs"], *self._spec["outputs"]):
+            name = spec["name"]
+            shape, dtype = (
+                tuple(self.context.get_tensor_shape(name)),
+                self.trt.nptype(self.engine.get_tensor_dtype(name)),
+            )
+            self.host[name] = self.cuda.pinned(shape, dtype)
+            self.device[name] = self.cuda.memory(self.host[name].nbytes)
+            self.context.set_tensor_address(name, self.device[name].value)
+        self._shapes = shapes
+
+    def upload(self) -> None:
+        """Inputs to the GPU."""
+        for spec in self._spec["inputs"]:
+            self.cuda.upload(self.device[spec["name"]], self.host[spec["name"]])
+
+    def launch(self) -> None:
+        """The engine, on the stream."""
+        if not self.context.execute_async_v3(self.cuda.stream.value):
+            raise run.Problem(1, "TensorRT did not start the engine")
+
+    def download(self) -> None:
+        """Outputs from the GPU."""
+        for spec in self._spec["outputs"]:
+            self.cuda.download(self.host[spec["name"]], self.device[spec["name"]])
+
+    def fill(self, feeds: Data) -> None:
+        """Feeds into the host's buffers."""
+        self.prepare(feeds)
+        for name, value in feeds.items():
+            self.host[name][...] = value
+
+    def __call__(self, feeds: Data) -> Data:
+        """Outputs by name, copied out of the buffers."""
+        self.fill(feeds)
+        self.upload()
+        self.launch()
+        self.download()
+        self.cuda.wait()
+        return {spec["name"]: self.host[spec["name"]].astype(spec["dtype"]) for spec in self._spec["outputs"]}
+
+
+def open_entry(part: Data, entry: str) -> tuple[run.Run, str]:
+    """A function from inputs to outputs by name, and the runtime's name and version."""
+    opened = Opened(part, entry, driver())
+    return opened, opened.about["tensorrt"]
+
+
+def verify(part: Data) -> list[Data]:
+    """The golden inputs on the GPU, in a process of its own."""
+    driver()  # what is missing is said by this process
+    return [
+        run.apart(
+            ["--step", json.dumps(["tensorrt", {"do": "golden"}])], "the golden inputs on the GPU", run.advice(part)
+        )
+    ]
+
+
+def child(manifest: Data, do: str) -> Data:
+    """The golden inputs, in this process; says where the engine is from."""
+    part = run.part_of(manifest, "tensorrt")
+    about: Data = {}
+
+    def opener(entry: str) -> tuple[run.Run, str]:
+        opened = Opened(part, entry, driver())
+        about.update(opened.about)
+        return opened, opened.about["tensorrt"]
+
+    return {**run.compare_golden(manifest, part, opener), **about}
+
+
+def _modules(part: Data, entry: str, layers: list[tuple[str, float]]) -> list[Data]:
+    """Layers with the torch modules of the ONNX nodes that their names speak of."""
+    known = part["facts"]["entries"][entry].get("modules", {})
+    names = sorted(known, key=len, reverse=True)
+    found = []
+    for layer, ms in layers:
+        rest, modules = layer, []
+        for name in names:  # long names first: node_conv2d_11 is not node_conv2d_1
+            if name in rest:
+                rest = rest.replace(name, " ")
+                modules.append(known[name])
+        found.append({"layer": layer, "modules": sorted(set(modules)), "ms": ms})
+    return found
+
+
+def _layers(opened: Opened, runs: int) -> list[tuple[str, float]]:
+    """Mean time of each layer in ms, by TensorRT's own profiler; the engine runs slower meanwhile."""
+    times: dict[str, list[float]] = {}
+    trt = opened.trt
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, ms: float) -> None:
+            times.setdefault(name, []).append(ms)
+
+    opened.context.profiler = Profiler()
+    for _ in range(runs):
+        opened.launch()
+        opened.cuda.wait()
+    return [(name, sum(each) / len(each)) for name, each in times.items()]
+
+
+def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
+    """Latency from host to host, and by CUDA events: transfers in, the engine with and without a CUDA graph, out."""
+    golden = verify(part)[0]
+    if not golden["holds"]:
+        raise run.refused(manifest, part, golden)
+    cuda, entry = driver(), options.entry
+    before = run.machine_state()
+    feeds = run.fitted(part, entry, run.golden_data(run.golden_samples(manifest, entry)[0][0])[0])
+    begun = time.perf_counter()
+    opened = Opened(part, entry, cuda)
+    opened.fill(feeds)
+    load_ms = (time.perf_counter() - begun) * 1e3
+    whole = run.timings(opened, feeds, options.runs, options.warmup)
+    begin, end, runs = cuda.event(), cuda.event(), options.runs or LAUNCHES
+    steps: Data = {"transfer in": opened.upload, "engine": opened.launch, "transfer out": opened.download}
+    problem = ""
+    try:
+        steps["engine, CUDA graph"] = cuda.graph(opened.launch)
+    except run.Problem as error:
+        problem = str(error)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(runs):  # in turns, so that all meet the same clocks
+        for name, work in steps.items():
+            times[name].append(cuda.timed(work, begin, end))
+    return {
+        "backend": part["backend"],
+        "runtime": opened.about["tensorrt"],
+        "threads": 1,
+        "unit": "ms",
+        "timed": "one run, from inputs in host memory to outputs in host memory",
+        "load_ms": load_ms,
+        **whole,
+        **opened.about,
+        "events": {name: run.spread(each) for name, each in times.items()},
+        "cuda_graph": problem or "captured",
+        "layers": _modules(part, entry, _layers(opened, min(runs, 50))),
+        "golden": golden,
+        "before": before,
+        "after": run.machine_state(),
+        "holds": True,
+    }
+
+
+def show(result: Data) -> list[str]:
+    """A profile for a person."""
+    about = f"{result['gpu']} (compute capability {result['compute_capability']}, driver {result['driver']})"
+    lines = [f"{result['bundle']}: {result['tensorrt']} on {about}, engine {result['engine']}"]
+    lines.append("host to host  " + "  ".join(f"{k} {result[k]:.3f}" for k in ("p50", "p90", "p99")) + " ms")
+    for name, each in result["events"].items():
+        lines.append(f"{name:<20} p50 {each['p50']:.3f}  p90 {each['p90']:.3f}  p99 {each['p99']:.3f} ms")
+    if result["cuda_graph"] != "captured":
+        lines.append(f"no CUDA graph: {result['cuda_graph']}")
+    total = sum(layer["ms"] for layer in result["layers"]) or 1.0
+    slowest = sorted(result["layers"], key=lambda layer: -layer["ms"])
+    for layer in slowest[:SHOWN]:
+        where = ", ".join(layer["modules"][:3]) or layer["layer"][:60]
+        lines.append(f"{layer['ms']:8.4f} ms {layer['ms'] / total:6.1%}  {where}")
+    if len(slowest) > SHOWN:
+        lines.append(f"and {len(slowest) - SHOWN} more layers")
+    return lines

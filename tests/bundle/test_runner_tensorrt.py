@@ -1,0 +1,217 @@
+"""The TensorRT part of ``run.py``, against stand-ins for TensorRT and for NVIDIA's driver: nothing here ran on a GPU.
+
+Unproven stay all that TensorRT and the driver do. Tested is how they are asked, by real processes through the real
+ctypes calls, and what is made of their answers. The stand-in's names are compared with the real TensorRT for RTX.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import edgeattn
+from edgeattn.bundle import Bundle
+from tests.bundle import tensorrt_stand_in as stand_in
+
+trt = pytest.importorskip("tensorrt_rtx")
+HERE = Path(__file__).parent
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def full(home: Path) -> Bundle:
+    """The digits model for a Jetson, which builds its engine itself."""
+    return edgeattn.export("fmvit-digits", device="jetson-orin-nano", precision="fp32", output=home / "bundles")
+
+
+@pytest.fixture(scope="session")
+def rtx(home: Path) -> Bundle:
+    """The same with a portable engine inside, and a batch of 1 to 4."""
+    return edgeattn.export(
+        "fmvit-digits", target="tensorrt", inputs=["x=1..2..4x1x32x32"], output=home / "bundles" / "dynamic"
+    )
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stand-in for the driver, compiled."""
+    if not (compiler := shutil.which("cc") or shutil.which("gcc")):
+        pytest.fail("the stand-in for the driver needs a C compiler")
+    folder = tmp_path_factory.mktemp("cuda")
+    source = str(HERE / "cuda_stand_in.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), source], check=True)
+    return folder
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, cuda: Path) -> Run:
+    """Runs a bundle's run.py as on a machine with a GPU."""
+    for name in ("tensorrt", "tensorrt_rtx"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        shutil.copyfile(HERE / "tensorrt_stand_in.py", tmp_path / "site" / name / "__init__.py")
+
+    def run(bundle: Bundle, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        own = {
+            "PYTHONPATH": str(tmp_path / "site"),
+            "LD_LIBRARY_PATH": str(cuda),
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "STAND_IN_BUILDS": str(tmp_path / "builds"),
+        }
+        command = [sys.executable, str(bundle.path / "run.py"), *words]
+        return subprocess.run(
+            command, env={**os.environ, **own, **environ}, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
+
+
+def builds(tmp_path: Path) -> list[str]:
+    path = tmp_path / "builds"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_an_engine_is_built_once_and_kept_for_this_gpu(full: Bundle, gpu: Run, tmp_path: Path) -> None:
+    done = gpu(full, "--verify", "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    part = json.loads(done.stdout)["parts"][0]
+    assert part["gpu"] == "Stand-in GPU"
+    assert part["compute_capability"] == "8.6"
+    assert part["cuda"] == "13.2"
+    assert part["runtime"] == part["tensorrt"] == "tensorrt 10.16.1.11"
+    assert part["engine"].startswith("built in")
+    assert 0 < part["worst_relative_l2"] < 1e-5
+    assert builds(tmp_path) == ["False []"]  # TF32 off
+    assert json.loads(gpu(full, "--verify", "--json").stdout)["parts"][0]["engine"] == "cached"
+    for changed in ({"STAND_IN_GPU": "Another"}, {"STAND_IN_VERSION": "11.0.0.1"}):
+        again = json.loads(gpu(full, "--verify", "--json", **changed).stdout)["parts"][0]
+        assert again["engine"].startswith("built in")
+    assert len(builds(tmp_path)) == 3
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_prebuilt_engine_is_used_where_version_and_gpu_fit(rtx: Bundle, gpu: Run, tmp_path: Path) -> None:
+    graph = {"STAND_IN_PREBUILT": str(rtx.path / "model.onnx")}
+    same = gpu(rtx, "--verify", "--json", STAND_IN_VERSION=trt.__version__, **graph)
+    assert same.returncode == 0, same.stderr + same.stdout
+    assert json.loads(same.stdout)["parts"][0]["engine"] == "prebuilt"
+    assert builds(tmp_path) == []
+    other = json.loads(gpu(rtx, "--verify", "--json", STAND_IN_VERSION="1.8.0.1").stdout)["parts"][0]
+    assert other["engine"].startswith("built in")
+    assert builds(tmp_path) == ["False [{'x': ((1, 1, 32, 32), (2, 1, 32, 32), (4, 1, 32, 32))}]"]
+
+
+def test_own_inputs_of_several_sizes(rtx: Bundle, gpu: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    for batch, code in ((3, 0), (5, 2)):
+        np.save("x.npy", np.zeros((batch, 1, 32, 32), np.float32))
+        done = gpu(rtx, "--input", "x=x.npy")
+        assert done.returncode == code, done.stderr
+    assert np.load("output.logits.npy").shape == (3, 10)
+
+
+def test_profile(full: Bundle, gpu: Run) -> None:
+    done = gpu(full, "--profile", "--json", "--runs", "5", "--warmup", "1")
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads(done.stdout)
+    assert list(result["events"]) == ["transfer in", "engine", "transfer out", "engine, CUDA graph"]
+    assert all(each["runs"] == 5 and each["p50"] >= 0 for each in result["events"].values())
+    assert result["runs"] == 5
+    assert {"gpu", "driver", "tensorrt", "cuda", "compute_capability"} <= set(result)
+    nodes = full.manifest.facts["entries"]["main"]["modules"]
+    layers = {layer["layer"]: layer["modules"] for layer in result["layers"]}
+    assert layers["node_conv2d + node_relu"] == sorted({nodes["node_conv2d"], nodes["node_relu"]})
+    assert layers["node_conv2d_11"] == [nodes["node_conv2d_11"]]
+    assert layers["Reformat 1"] == []
+    shown = gpu(full, "--profile", "--runs", "5", "--warmup", "1")
+    assert "Stand-in GPU" in shown.stdout
+    assert "engine, CUDA graph" in shown.stdout
+    without = json.loads(gpu(full, "--profile", "--json", "--runs", "3", "--warmup", "1", STAND_IN_NO_GRAPH="1").stdout)
+    assert "cuStreamBeginCapture" in without["cuda_graph"]
+    assert "engine, CUDA graph" not in without["events"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "code", "words"),
+    [
+        ({"STAND_IN_WRONG": "1"}, 1, "DOES NOT HOLD"),
+        ({"STAND_IN_NO_GPU": "1"}, 3, "CUDA_ERROR_NO_DEVICE"),
+        ({"LD_LIBRARY_PATH": ""}, 3, "no NVIDIA GPU here"),
+        ({"STAND_IN_PARSE": "1"}, 4, "Det node_det: no importer; Det node_det"),
+        ({"STAND_IN_BUILD": "Requested 2147483648 bytes of workspace: out of memory"}, 4, "2147483648"),
+        ({"STAND_IN_BUILD": "out of memory"}, 4, "workspace_mb=512"),
+        ({"STAND_IN_CRASH": "1"}, 1, "SIGABRT"),
+    ],
+)
+def test_what_goes_wrong_is_said(full: Bundle, gpu: Run, environ: dict[str, str], code: int, words: str) -> None:
+    done = gpu(full, "--verify", **environ)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_wrong_numbers_are_not_profiled(full: Bundle, gpu: Run) -> None:
+    done = gpu(full, "--profile", STAND_IN_WRONG="1")
+    assert done.returncode == 1
+    assert "refused" in done.stderr
+
+
+def test_the_real_package_without_a_gpu(rtx: Bundle) -> None:
+    done = subprocess.run([sys.executable, str(rtx.path / "run.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "no NVIDIA GPU here" in done.stderr or "CUDA_ERROR" in done.stderr
+    assert "edgeattn verify" in done.stderr
+
+
+#: The stand-in's classes, which the real package has as well; those with an underscore go by these names there.
+REAL = {
+    "_Config": "IBuilderConfig",
+    "_Profile": "IOptimizationProfile",
+    "_Network": "INetworkDefinition",
+    "_Cache": "ITimingCache",
+    "_Error": "ParserError",
+}
+
+
+def test_the_stand_in_has_nothing_that_the_real_package_lacks() -> None:
+    for name, thing in vars(stand_in).items():
+        if not inspect.isclass(thing) or thing.__module__ != stand_in.__name__:
+            continue
+        real = getattr(trt, REAL.get(name, name))
+        own = [n for n in vars(thing) if not n.startswith("_") and n not in ("file", "inputs", "outputs", "value")]
+        assert [n for n in own if not hasattr(real, n)] == [], name
+    assert callable(trt.nptype)
+
+
+def test_all_that_the_runner_uses_is_in_the_real_package() -> None:
+    """Every attribute of ``trt`` in the runner, and of what TensorRT's objects are called there."""
+    source = (Path(edgeattn.__file__).parent / "bundle" / "runner_tensorrt.py").read_text()
+    objects = {
+        "config": trt.IBuilderConfig,
+        "builder": trt.Builder,
+        "parser": trt.OnnxParser,
+        "profile": trt.IOptimizationProfile,
+        "runtime": trt.Runtime,
+        "context": trt.IExecutionContext,
+        "engine": trt.ICudaEngine,
+        "trt": trt,
+    }
+    seen = 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if name in objects and not (name == "engine" and node.attr == "get"):
+                seen += 1
+                assert hasattr(objects[name], node.attr), f"{name}.{node.attr}"
+    assert seen > 25
