@@ -21,7 +21,10 @@ from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor, own_
 
 RUNNER = Path(__file__).with_name("runner.py")
 #: What the runner needs beside it for artifacts of a backend, by name in the bundle.
-RUNNER_PARTS = {name: {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py")} for name in ("coreml", "tensorrt")}
+RUNNER_PARTS = {
+    backend: {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in names}
+    for backend, names in {"coreml": ("coreml",), "tensorrt": ("tensorrt", "cuda")}.items()
+}
 
 
 @dataclass(frozen=True)

@@ -1,159 +1,36 @@
 """The TensorRT part of a bundle's ``run.py``: engines built or found, golden inputs, and a profile on the GPU.
 
-Python 3.9+, NumPy, a TensorRT (``tensorrt`` 10 or 11, or ``tensorrt_rtx``) and NVIDIA's driver, which is called through
-ctypes: no CUDA toolkit, no PyTorch. Written against the documented APIs of TensorRT 10 and 11 and of TensorRT for RTX
-1.7: it was never run on a GPU.
+Python 3.9+, NumPy, a TensorRT (``tensorrt`` 10 or 11, or ``tensorrt_rtx``) and NVIDIA's driver. Written against the
+documented APIs of TensorRT 10 and 11 and of TensorRT for RTX 1.7: it was never run on a GPU.
 
-An engine that the bundle carries is used where it fits the GPU and TensorRT's version; else one is built from the typed
-graph and kept under the cache by the hashes of graph, GPU, driver and version.
+An engine that the bundle carries is used where it fits GPU and TensorRT version, or the one that ``build.sh`` left;
+else one is built from the typed graph and kept under the cache by the hashes of graph, GPU, driver and version.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import importlib
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeattn.bundle import runner as run
+    from edgeattn.bundle import runner_cuda as cuda_driver
 else:
     import run  # run.py, beside this file
+    import run_cuda as cuda_driver
 
 Data = run.Data
 
-LIBRARY = "libcuda.so.1"
 #: How often a launch is timed by CUDA events where --runs does not say.
 LAUNCHES = 200
 #: Of the layers a profile shows so many, the slowest first.
 SHOWN = 12
 _MEMORY = ("out of memory", "outofmemory", "insufficient memory", "workspace")
-_ANYWHERE = "edgeattn verify BUNDLE compares the typed graph on any machine"
-
-
-# The driver ---------------------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """CUDA's driver API for the first GPU, as far as it is needed here.
-
-    Args:
-        library: what ctypes loaded, or something that has its functions.
-    """
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self("cuInit", 0)
-        self._device = ctypes.c_int()
-        self("cuDeviceGet", ctypes.byref(self._device), 0)
-        context = ctypes.c_void_p()
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self("cuCtxSetCurrent", context)
-        stream = ctypes.c_void_p()
-        self("cuStreamCreate", ctypes.byref(stream), 1)  # beside the default stream
-        self.stream = stream
-
-    def __call__(self, name: str, *arguments: Any) -> None:
-        """Call a function; Problem with CUDA's own word where it does not succeed."""
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            word = ctypes.c_char_p()
-            self._library.cuGetErrorName(code, ctypes.byref(word))
-            said = (word.value or b"an unknown error").decode()
-            nothing = said in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_STUB_LIBRARY", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
-            raise run.Problem(3 if nothing else 1, f"{name} of NVIDIA's driver: {said} ({code})", _ANYWHERE)
-
-    @property
-    def gpu(self) -> Data:
-        """Name and compute capability of the GPU, and the newest CUDA that the driver knows."""
-        name, driver = ctypes.create_string_buffer(256), ctypes.c_int()
-        self("cuDeviceGetName", name, 256, self._device)
-        self("cuDriverGetVersion", ctypes.byref(driver))
-        numbers = []
-        for attribute in (75, 76):  # major and minor of the compute capability
-            value = ctypes.c_int()
-            self("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
-            numbers.append(str(value.value))
-        version = run._read("/sys/module/nvidia/version") or "unknown"
-        cuda = f"{driver.value // 1000}.{driver.value % 1000 // 10}"
-        return {"gpu": name.value.decode(), "compute_capability": ".".join(numbers), "driver": version, "cuda": cuda}
-
-    def memory(self, size: int) -> ctypes.c_uint64:
-        """Device memory; freed with the process."""
-        pointer = ctypes.c_uint64()
-        self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
-        return pointer
-
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array in the host's page-locked memory, from which transfers are fastest; freed with the process."""
-        import numpy as np
-
-        size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
-        pointer = ctypes.c_void_p()
-        self("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size), 0)
-        raw = (ctypes.c_char * size).from_address(pointer.value or 0)
-        return np.frombuffer(raw, dtype, count=int(np.prod(shape))).reshape(shape)
-
-    def upload(self, memory: ctypes.c_uint64, array: Any) -> None:
-        """Host to device, on the stream."""
-        self("cuMemcpyHtoDAsync_v2", memory, ctypes.c_void_p(array.ctypes.data), _size(array), self.stream)
-
-    def download(self, array: Any, memory: ctypes.c_uint64) -> None:
-        """Device to host, on the stream."""
-        self("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), memory, _size(array), self.stream)
-
-    def wait(self) -> None:
-        """Until the stream is empty."""
-        self("cuStreamSynchronize", self.stream)
-
-    def event(self) -> ctypes.c_void_p:
-        """A new event."""
-        made = ctypes.c_void_p()
-        self("cuEventCreate", ctypes.byref(made), 0)
-        return made
-
-    def timed(self, work: Callable[[], None], begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
-        """How long the GPU takes for what ``work`` puts on the stream, in ms."""
-        self("cuEventRecord", begin, self.stream)
-        work()
-        self("cuEventRecord", end, self.stream)
-        self("cuEventSynchronize", end)
-        took = ctypes.c_float()
-        self("cuEventElapsedTime", ctypes.byref(took), begin, end)
-        return took.value
-
-    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` captured as a CUDA graph, to be launched as one."""
-        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
-        self("cuStreamBeginCapture_v2", self.stream, 2)  # relaxed: TensorRT may look things up meanwhile
-        work()
-        self("cuStreamEndCapture", self.stream, ctypes.byref(graph))
-        self("cuGraphInstantiateWithFlags", ctypes.byref(made), graph, ctypes.c_uint64(0))
-        return lambda: self("cuGraphLaunch", made, self.stream)
-
-
-def _size(array: Any) -> ctypes.c_size_t:
-    return ctypes.c_size_t(array.nbytes)
-
-
-def driver() -> Driver:
-    """The driver of this machine.
-
-    Raises:
-        run.Problem: 3, there is no NVIDIA driver or no GPU.
-    """
-    try:
-        library = ctypes.CDLL(LIBRARY)
-    except OSError:
-        raise run.Problem(3, "no NVIDIA GPU here: its driver is not installed", _ANYWHERE) from None
-    return Driver(library)
-
-
-# TensorRT -----------------------------------------------------------------------------------------------------------
 
 
 def module(part: Data) -> tuple[Any, str]:
@@ -167,12 +44,12 @@ def module(part: Data) -> tuple[Any, str]:
 
 def lacking(why: str, fix: str) -> tuple[str, str]:
     """Why nothing runs here, and what to do."""
-    return why, f"{fix}    (Jetson: sudo apt install python3-libnvinfer). {_ANYWHERE}"
+    return why, f"{fix}    (Jetson: sudo apt install python3-libnvinfer). {cuda_driver.ANYWHERE}"
 
 
 def identity(part: Data) -> str:
     """What the golden outputs were found to hold with: the GPU, its driver, and TensorRT's version."""
-    return json.dumps([module(part)[1], driver().gpu], sort_keys=True)
+    return json.dumps([module(part)[1], cuda_driver.driver().gpu], sort_keys=True)
 
 
 class _Said:
@@ -276,7 +153,14 @@ def _prebuilt(part: Data, entry: str, name: str, compute: str) -> str:
     return ""
 
 
-def engine_of(part: Data, entry: str, cuda: Driver) -> tuple[Any, Any, Data]:
+def _left_by_script(part: Data, entry: str) -> str:
+    """The engine that build.sh made of the bundle's graph; "" if there is none, or it is older than the graph."""
+    graph = run.place(part["entries"][entry]["file"])
+    engine = f"{os.path.splitext(graph)[0]}.engine"
+    return engine if os.path.isfile(engine) and os.path.getmtime(engine) >= os.path.getmtime(graph) else ""
+
+
+def engine_of(part: Data, entry: str, cuda: cuda_driver.Driver) -> tuple[Any, Any, Data]:
     """A runtime, which has to outlive its engine; the engine; and where it is from.
 
     Raises:
@@ -286,9 +170,10 @@ def engine_of(part: Data, entry: str, cuda: Driver) -> tuple[Any, Any, Data]:
     gpu = cuda.gpu
     ready = _prebuilt(part, entry, name, gpu["compute_capability"])
     source, data = "prebuilt", _bytes(ready) if ready else b""
-    if not ready:
-        file = part["entries"][entry]["file"]
-        about = [_sha256(run.place(file)), name, gpu, part["precision"], part["facts"].get("options"), entry]
+    if not data and (left := _left_by_script(part, entry)):
+        source, data = "built by build.sh", _bytes(left)
+    if not data:
+        about = [part["files"][part["entries"][entry]["file"]]["sha256"], name, gpu, part["facts"].get("options")]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         path = os.path.join(run.CACHE, "engines", f"{key}.engine")
         source, data = "cached", _bytes(path)
@@ -302,19 +187,9 @@ def engine_of(part: Data, entry: str, cuda: Driver) -> tuple[Any, Any, Data]:
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         words = "; ".join(said.errors)[:1000] or "no reason given"
-        raise run.Problem(1, f"{name} cannot open the engine ({source}): {words}", run.advice(part))
+        fix = "sh build.sh makes it anew" if source == "built by build.sh" else run.advice(part)
+        raise run.Problem(1, f"{name} cannot open the engine ({source}): {words}", fix)
     return runtime, engine, {**gpu, "tensorrt": name, "engine": source}
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        for piece in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-# Running ------------------------------------------------------------------------------------------------------------
 
 
 class Opened:
@@ -324,7 +199,7 @@ class Opened:
         trt: the TensorRT module. about: GPU, driver, TensorRT, and where the engine is from.
     """
 
-    def __init__(self, part: Data, entry: str, cuda: Driver) -> None:
+    def __init__(self, part: Data, entry: str, cuda: cuda_driver.Driver) -> None:
         self.cuda, self._spec = cuda, part["entries"][entry]
         self._runtime, self.engine, self.about = engine_of(part, entry, cuda)
         self.context = self.engine.create_execution_context()
@@ -385,13 +260,13 @@ class Opened:
 
 def open_entry(part: Data, entry: str) -> tuple[run.Run, str]:
     """A function from inputs to outputs by name, and the runtime's name and version."""
-    opened = Opened(part, entry, driver())
+    opened = Opened(part, entry, cuda_driver.driver())
     return opened, opened.about["tensorrt"]
 
 
 def verify(part: Data) -> list[Data]:
     """The golden inputs on the GPU, in a process of its own."""
-    driver()  # what is missing is said by this process
+    cuda_driver.driver()  # what is missing is said by this process
     return [
         run.apart(
             ["--step", json.dumps(["tensorrt", {"do": "golden"}])], "the golden inputs on the GPU", run.advice(part)
@@ -405,7 +280,7 @@ def child(manifest: Data, do: str) -> Data:
     about: Data = {}
 
     def opener(entry: str) -> tuple[run.Run, str]:
-        opened = Opened(part, entry, driver())
+        opened = Opened(part, entry, cuda_driver.driver())
         about.update(opened.about)
         return opened, opened.about["tensorrt"]
 
@@ -430,7 +305,7 @@ def _modules(part: Data, entry: str, layers: list[tuple[str, float]]) -> list[Da
 def _layers(opened: Opened, runs: int) -> list[tuple[str, float]]:
     """Mean time of each layer in ms, by TensorRT's own profiler; the engine runs slower meanwhile."""
     times: dict[str, list[float]] = {}
-    trt = opened.trt
+    trt: Any = opened.trt
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -451,7 +326,7 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
     golden = verify(part)[0]
     if not golden["holds"]:
         raise run.refused(manifest, part, golden)
-    cuda, entry = driver(), options.entry
+    cuda, entry = cuda_driver.driver(), options.entry
     before = run.machine_state()
     feeds = run.fitted(part, entry, run.golden_data(run.golden_samples(manifest, entry)[0][0])[0])
     begun = time.perf_counter()

@@ -109,6 +109,19 @@ def test_a_prebuilt_engine_is_used_where_version_and_gpu_fit(rtx: Bundle, gpu: R
     assert builds(tmp_path) == ["False [{'x': ((1, 1, 32, 32), (2, 1, 32, 32), (4, 1, 32, 32))}]"]
 
 
+def test_the_engine_that_build_sh_left_is_used(full: Bundle, gpu: Run, tmp_path: Path) -> None:
+    copy = Bundle.open(shutil.copytree(full.path, tmp_path / "copy"))
+    engine = copy.path / "model.engine"
+    engine.write_bytes(b"stand-in" + (copy.path / "model.onnx").read_bytes())
+    done = json.loads(gpu(copy, "--verify", "--json").stdout)
+    assert done["parts"][0]["engine"] == "built by build.sh"
+    assert builds(tmp_path) == []
+    engine.write_bytes(b"of another version")
+    other = gpu(copy, "--verify")
+    assert other.returncode == 1
+    assert "sh build.sh makes it anew" in other.stderr
+
+
 def test_own_inputs_of_several_sizes(rtx: Bundle, gpu: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
