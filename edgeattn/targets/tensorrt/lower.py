@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from edgeattn.capture import Entry, Program
-from edgeattn.core.errors import ConversionFailed, UsageError
-from edgeattn.core.numerics import TOLERANCES, compare
+from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
+from edgeattn.core.numerics import TOLERANCES, Array, compare
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.onnx_graph.execute import module_of, outputs_of
 from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
@@ -29,9 +29,10 @@ from edgeattn.targets.tensorrt.trtexec import Build, script
 
 #: Matrix products, which TensorRT for RTX does not have in float32 for compute capability 7.5.
 _PRODUCTS = ("MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
-#: Of all quantized operations this share goes back to floats in a round, while the outputs are too far off.
-_SHARE = 0.1
-_ROUNDS = 6
+#: In so many steps operations go back to floats while the outputs are too far off; a tenth each.
+_PARTS = 10
+#: Samples are not all inputs: of what verification allows this share may be used on them.
+_NEAR = 0.8
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -45,34 +46,43 @@ def _name_nodes(model: ir.Model) -> None:
         taken.add(name)
 
 
-def _quantized(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
+def _quantized(
+    model: ir.Model, references: Sequence[Mapping[str, Array]], plan: LowerPlan
+) -> tuple[ir.Model, dict[str, Any]]:
     """The graph with small numbers at its weighted operations, but for those that the outputs cannot bear.
 
-    While an output is further off than four fifths of the tolerance, the operations that lose most go back to floats.
+    While an output is further off than ``_NEAR`` of the tolerance, the operations that lose most go back to floats.
+
+    Args:
+        references: outputs in float32, for each sample of the plan.
+
+    Raises:
+        CheckFailed: not one operation can be quantized.
     """
     calibration = Calibration(model, plan.samples, NUMBERS[plan.precision])
     loud = [str(w.node.name) for w in sorted(calibration.operations, key=lambda w: -w.noise)]
-    references = [outputs_of(model, feeds) for feeds in plan.samples]
-    without: set[str] = set()
-    for _ in range(_ROUNDS + 1):
+    near, worst = _NEAR * TOLERANCES[plan.precision], 0.0
+    for count in (round(len(loud) * part / _PARTS) for part in range(_PARTS)):
+        without = set(loud[:count])
         quantized = calibration.apply(model, without)
-        worst = max(
-            compare(value, ours[name]).relative_l2
-            for reference, feeds in zip(references, plan.samples, strict=True)
-            for ours in (outputs_of(quantized, feeds),)
-            for name, value in reference.items()
-        )
-        if worst <= 0.8 * TOLERANCES[plan.precision] or len(without) == len(loud):
-            break
-        without |= set(loud[: len(without) + max(1, round(_SHARE * len(loud)))])
-    operations = calibration.facts(without)
-    left = [str(w.node.name) for w in calibration.operations if w.node.name in without]
-    return quantized, {
-        "numbers": NUMBERS[plan.precision].name,
-        "calibrated_on": f"{len(plan.samples)} samples",
-        "operations": operations,
-        "left_in_floats": left,
-    }
+        outputs = [outputs_of(quantized, feeds) for feeds in plan.samples]
+        pairs = zip(references, outputs, strict=True)
+        worst = max(compare(value, ours[name]).relative_l2 for wanted, ours in pairs for name, value in wanted.items())
+        if loud and worst <= near:
+            return quantized, {
+                "numbers": NUMBERS[plan.precision].name,
+                "calibrated_on": f"{len(plan.samples)} samples",
+                "operations": calibration.facts(without),
+                "left_in_floats": [str(w.node.name) for w in calibration.operations if w.node.name in without],
+            }
+    raise CheckFailed(
+        f"the model does not hold in {plan.precision}",
+        value=f"relative L2 {worst:.3g} with a tenth of {len(loud)} weighted operations quantized"
+        if loud
+        else "it has no convolution or matrix product with constant weights",
+        why=f"{near:g} is wanted on the samples, which leaves a fifth of what verification allows",
+        fix="--precision fp16",
+    )
 
 
 def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
@@ -80,12 +90,13 @@ def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str
     model = export(entry)
     _name_nodes(model)
     note: dict[str, Any] = {}
+    references = [outputs_of(model, feeds) for feeds in plan.samples] if plan.precision in NUMBERS else []
     if plan.precision != "fp32":
         model, kept = to_fp16(model, plan.samples, half_inside=True)
         note["kept_in_fp32"] = [k.as_dict() for k in kept]
         plan.allow(note["kept_in_fp32"])
     if plan.precision in NUMBERS:
-        model, note["quantized"] = _quantized(model, plan)
+        model, note["quantized"] = _quantized(model, references, plan)
     _name_nodes(model)
     tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
     note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
