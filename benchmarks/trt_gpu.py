@@ -97,8 +97,8 @@ def measure(model: str, precision: str, rounds: int, folder: str) -> list[str]:
         print(
             f"{model} round {number + 1}: {ours['engine'][-1]:.3f} ms, eager {theirs['eager'][-1]:.3f} ms", flush=True
         )
-    said = ", ".join(f"{key} {value}" for key, value in about.items())
-    lines = [f"{model} {precision}, {datetime.date.today()}: {said}, {rounds} interleaved rounds"]
+    where = ", ".join(f"{key} {value}" for key, value in about.items())
+    lines = [f"{model} {precision}, {datetime.date.today()}: {where}, {rounds} interleaved rounds"]
     for mine, times in ours.items():
         lines += [f"  {mine} / torch {name}: {ratio(times, each)}" for name, each in theirs.items()]
     return lines

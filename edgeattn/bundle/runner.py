@@ -136,8 +136,6 @@ def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
         return own(part["backend"]).open_entry(part, entry)  # type: ignore[no-any-return]
     names = [output["name"] for output in spec["outputs"]]
     try:
-        import numpy  # noqa: F401
-
         if name == "onnxruntime":
             import onnxruntime
 
@@ -240,7 +238,7 @@ def golden_apart(manifest: Data, part: Data, threads: int, here: bool = False) -
     """The same in a process of its own: a runtime that cannot run the artifact may crash instead of saying so."""
     if here or os.environ.get("EDGEATTN_IN_PROCESS"):  # under an emulator, which no child would run in
         return compare_golden(manifest, part, lambda entry: open_entry(part, entry, threads))
-    words = ["--golden", part["backend"], "--threads", str(threads)]
+    words = ["--step", json.dumps([part["backend"], None]), "--threads", str(threads)]
     return apart(words, f"{runtime_name(part)} on the golden inputs of {part['backend']}", advice(part))
 
 
@@ -292,13 +290,6 @@ def verify(manifest: Data, backend: str | None, threads: int) -> Data:
     }
 
 
-def refused(manifest: Data, part: Data, result: Data) -> Problem:
-    """That the golden outputs do not hold here."""
-    what = f"refused: {result['runtime']} computes the golden outputs wrongly: relative L2 "
-    where = f"{result['worst_relative_l2']} on {result['worst_at']}, allowed {manifest['tolerance']:g}"
-    return Problem(1, what + where, advice(part))
-
-
 def check_first_use(manifest: Data, part: Data, threads: int) -> None:
     """Compare the golden outputs if this machine and runtime were not found to hold before."""
     if not runtime_name(part):
@@ -311,7 +302,9 @@ def check_first_use(manifest: Data, part: Data, threads: int) -> None:
         return
     result = golden_apart(manifest, part, threads)
     if not result["holds"]:
-        raise refused(manifest, part, result)
+        far = f"{result['worst_relative_l2']} on {result['worst_at']}, allowed {manifest['tolerance']:g}"
+        what = f"refused: {result['runtime']} computes the golden outputs wrongly: relative L2 {far}"
+        raise Problem(1, what, advice(part))
     try:
         os.makedirs(os.path.dirname(mark), exist_ok=True)
         with open(mark, "w", encoding="utf-8"):
@@ -430,12 +423,9 @@ def _enough(count: int, seconds: float, runs: int | None, least: int) -> bool:
 
 def _stable(times: list[float], seconds: float) -> bool:
     """The median of the last five runs is within 3 % of that of the five before; or it takes too long to wait."""
-    if seconds > 10 or len(times) >= 200:
-        return True
-    if len(times) < 10:
-        return False
-    last, earlier = sorted(times[-5:])[2], sorted(times[-10:-5])[2]
-    return abs(last - earlier) <= 0.03 * earlier
+    last, earlier = sorted(times[-5:]), sorted(times[-10:-5])
+    steady = len(times) >= 10 and abs(last[2] - earlier[2]) <= 0.03 * earlier[2]
+    return steady or seconds > 10 or len(times) >= 200
 
 
 def peak_rss_mb() -> float | None:
@@ -446,13 +436,6 @@ def peak_rss_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def takes(part: Data, entry: str, spec: Data, shape: tuple[int, ...]) -> bool:
-    """Whether an input may have this shape: its own, or one in the range that the artifact was made for."""
-    about = part["facts"].get("entries", {}).get(entry, {}).get("profiles", {}).get(spec["name"])
-    least, most = (about["min"], about["max"]) if about else (spec["shape"], spec["shape"])
-    return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most))  # noqa: B905
 
 
 def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads: int) -> Data:
@@ -475,8 +458,12 @@ def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads
         given = feeds.get(spec["name"])
         if given is None:
             raise Problem(2, f"missing --input {spec['name']}=FILE.npy")
-        if not takes(part, entry, spec, given.shape) or str(given.dtype) != spec["dtype"]:
-            has, needs = f"{given.shape} {given.dtype}", f"{tuple(spec['shape'])} {spec['dtype']}"
+        ends = {axis: (low, high) for axis, low, _, high in spec.get("dynamic", ())}
+        sizes = [ends.get(axis, (size, size)) for axis, size in enumerate(spec["shape"])]
+        fits = len(sizes) == given.ndim and all(a <= n <= b for (a, b), n in zip(sizes, given.shape))  # noqa: B905
+        if not fits or str(given.dtype) != spec["dtype"]:
+            needs = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in sizes)
+            has, needs = f"{given.shape} {given.dtype}", f"({needs}) {spec['dtype']}"
             raise Problem(2, f"input {spec['name']} is {has}, wanted is {needs}")
     if unknown := sorted(set(feeds) - {spec["name"] for spec in wanted}):
         raise Problem(2, f"no input named {', '.join(unknown)}")
@@ -538,8 +525,7 @@ def parse() -> argparse.Namespace:
     what.add_argument("--verify", action="store_true", help="check files and golden outputs (the default)")
     what.add_argument("--profile", action="store_true", help="measure the latency")
     what.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
-    what.add_argument("--golden", help=argparse.SUPPRESS)  # the child of golden_apart
-    what.add_argument("--step", help=argparse.SUPPRESS)  # a child of a backend's own part: [backend, what to do]
+    what.add_argument("--step", help=argparse.SUPPRESS)  # a child: [backend, its own part's job or null for golden]
     parser.add_argument("--entry", default="main", help="which graph to run (default: main)")
     parser.add_argument("--backend", help="which artifact, where there are several")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1; with --profile up to 4)")
@@ -548,8 +534,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     for name in ("threads", "runs", "warmup"):
-        given = getattr(options, name)
-        if given is not None and given < (0 if name == "warmup" else 1):
+        if (given := getattr(options, name)) is not None and given < (0 if name == "warmup" else 1):
             parser.error(f"--{name} {given} is too small")
     return options
 
@@ -570,19 +555,18 @@ def work(options: argparse.Namespace) -> Data:
     threads = options.threads or (min(4, os.cpu_count() or 1) if options.profile else 1)
     if options.step:
         backend, job = json.loads(options.step)
+        if job is None:
+            return golden_apart(manifest, part_of(manifest, backend), threads, here=True)
         return dict(own(backend).child(manifest, **job))
-    if options.golden:
-        return golden_apart(manifest, part_of(manifest, options.golden), threads, here=True)
     check_files(manifest)
     about = {"bundle": manifest["name"], "python": sys.version.split()[0], "machine": platform.machine()}
-    about["cpu"] = cpu_model()
     if options.input:
         result = run_inputs(manifest, part_of(manifest, options.backend), options.input, options.entry, threads)
     elif options.profile:
         result = profile(manifest, part_of(manifest, options.backend), options, threads)
     else:
         result = {**verify(manifest, options.backend, threads), "threads": threads, "state": machine_state()}
-    return {**about, **result}
+    return {**about, "cpu": cpu_model(), **result}
 
 
 def main() -> int:

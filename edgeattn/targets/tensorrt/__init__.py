@@ -43,6 +43,7 @@ class TensorRTTarget(Target):
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "flavour": (RTX, FULL),
         "compute": (PORTABLE, *COMPUTE),
+        "quantizer": ("edgeattn", "modelopt"),
         "level": ("3", "0", "1", "2", "4", "5"),
         "workspace_mb": ("default", "256", "512", "1024", "2048", "4096", "8192"),
         "weight_streaming": ("no", "yes"),

@@ -23,7 +23,7 @@ from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
 from edgeattn.targets.onnx_graph.qdq import NUMBERS, Calibration
-from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX
+from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX, modelopt
 from edgeattn.targets.tensorrt.engine import Builder, Profiles
 from edgeattn.targets.tensorrt.trtexec import Build, script
 
@@ -90,6 +90,9 @@ def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str
     model = export(entry)
     _name_nodes(model)
     note: dict[str, Any] = {}
+    if plan.precision in NUMBERS and plan.options["quantizer"] == "modelopt":
+        model, note["quantized"] = modelopt.quantize(model, plan)
+        return _noted(model, name, plan, note)
     references = [outputs_of(model, feeds) for feeds in plan.samples] if plan.precision in NUMBERS else []
     if plan.precision != "fp32":
         model, kept = to_fp16(model, plan.samples, half_inside=True)
@@ -97,6 +100,11 @@ def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str
         plan.allow(note["kept_in_fp32"])
     if plan.precision in NUMBERS:
         model, note["quantized"] = _quantized(model, references, plan)
+    return _noted(model, name, plan, note)
+
+
+def _noted(model: ir.Model, name: str, plan: LowerPlan, note: dict[str, Any]) -> tuple[ir.Model, dict[str, Any]]:
+    """A finished graph, tidied, with what can be read of it in ``note``."""
     _name_nodes(model)
     tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
     note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
