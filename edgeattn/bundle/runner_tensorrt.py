@@ -325,7 +325,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
     """Latency from host to host, and by CUDA events: transfers in, the engine with and without a CUDA graph, out."""
     golden = verify(part)[0]
     if not golden["holds"]:
-        raise run.refused(manifest, part, golden)
+        far = f"{golden['worst_relative_l2']} on {golden['worst_at']}, allowed {manifest['tolerance']:g}"
+        raise run.Problem(1, f"refused: the golden outputs come out wrong: relative L2 {far}", run.advice(part))
     cuda, entry = cuda_driver.driver(), options.entry
     before = run.machine_state()
     feeds = run.fitted(part, entry, run.golden_data(run.golden_samples(manifest, entry)[0][0])[0])

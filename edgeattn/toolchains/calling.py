@@ -39,19 +39,13 @@ def call(name: str, script: Path, request: Mapping[str, Any], folder: Path, time
         ToolchainMissing: it is not added, or another process is adding or removing it.
         ConversionFailed: the script failed, crashed, took too long or wrote no result; with the end of its log.
     """
-    found = environment.installed(name)
-    if not found.usable:
-        raise ToolchainMissing(
-            f"toolchain {name} is needed and not there",
-            where=str(found.folder),
-            why=found.why,
-            fix=get(name).line,
-        )
+    _check(name)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     delete(folder / RESULT)
     (folder / REQUEST).write_text(json.dumps(dict(request), allow_nan=False, indent=1), encoding="utf-8")
     with environment.hold(name, alone=False) as lock:
+        _check(name)  # again: until here another process may have removed it
         why = _run([str(environment.python(name)), "-I", str(script.resolve()), str(folder)], folder, timeout, lock)
     if not why:
         try:
@@ -72,6 +66,17 @@ def call(name: str, script: Path, request: Mapping[str, Any], folder: Path, time
         fix="read the log",
         details=[line for line in log.splitlines() if line.strip()][-_TAIL:],
     )
+
+
+def _check(name: str) -> None:
+    found = environment.installed(name)
+    if not found.usable:
+        raise ToolchainMissing(
+            f"toolchain {name} is needed and not there",
+            where=str(found.folder),
+            why=found.why,
+            fix=get(name).line,
+        )
 
 
 def _run(words: list[str], folder: Path, timeout: float, lock: int) -> str:

@@ -7,7 +7,6 @@ name its Python by absolute path. So what says that it is whole is not its folde
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -136,6 +135,8 @@ def hold(name: str, *, alone: bool) -> Iterator[int]:
     Raises:
         ToolchainMissing: another process has it. UsageError: the folder cannot be written.
     """
+    import fcntl  # not on Windows, where nothing can be added but `doctor` and `list` still look
+
     place = folder(name)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

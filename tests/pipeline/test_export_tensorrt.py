@@ -107,6 +107,22 @@ class Dets(nn.Module):
         return self.head((self.first(x) + self.second(x * 2)).unsqueeze(-1))
 
 
+class Plain(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Cancels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16, bias=False)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.eye(16) * 1.02)
+
+    def forward(self, x):
+        return self.linear(x) - x
+
+
 class Long(nn.Module):
     def __init__(self):
         super().__init__()
@@ -218,6 +234,34 @@ def test_a_jetson_builds_its_engine_itself(tmp_path: Path) -> None:
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         edgeattn.export("fmvit-digits", target="tensorrt", options=options, output=tmp_path)
+
+
+def test_inputs_of_several_sizes_become_a_profile(guest: Path, tmp_path: Path) -> None:
+    words = {"inputs": ["x=1..2..4x3x32..48x32"], "options": {"compute": "8.6"}}
+    bundle = edgeattn.export(f"{guest}:Loud", target="tensorrt", output=tmp_path, **words)
+    assert entry(bundle)["profiles"] == {"x": {"min": [1, 3, 32, 32], "opt": [2, 3, 48, 32], "max": [4, 3, 48, 32]}}
+    shapes = [feeds["x"].shape for _, _, feeds, _ in bundle.golden()]
+    assert shapes == [(2, 3, 48, 32), (1, 3, 32, 32), (4, 3, 48, 32)]
+    assert bundle.verify().worst.relative_l2 <= 1e-5
+    assert bundle.manifest.entries["main"].outputs[0].dynamic == ((0, 1, 2, 4),)
+    script = (bundle.path / "build.sh").read_text()
+    assert "--minShapes=x:1x3x32x32" in script
+    assert "--maxShapes=x:4x3x48x32" in script
+
+
+def test_modelopt_is_never_added_by_itself(
+    tmp_path: Path, edgeattn_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    words = ("-t", "tensorrt", "-p", "w8a8", "-O", "quantizer=modelopt", "-o", tmp_path / "out")
+    done = edgeattn_cli("export", "fmvit-digits", *words, EDGEATTN_HOME=str(tmp_path / "own"))
+    assert done.returncode == 3
+    assert "edgeattn toolchain add modelopt" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "words"), [("Plain", "nothing to quantize"), ("Cancels", "does not hold in w8a8")])
+def test_what_int8_cannot_hold_is_refused(guest: Path, tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(CheckFailed, match=words):
+        edgeattn.export(f"{guest}:{name}", target="tensorrt", precision="w8a8", inputs=["x=2x16"], output=tmp_path)
 
 
 def test_weight_streaming_builds(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_an_add_that_is_killed_leaves_nothing_that_looks_installed(
             assert toolchains.add("tiny", quiet).usable
             break
         except ToolchainMissing as error:
-            assert "busy" in error.what
+            assert "busy" in error.what  # noqa: PT017 (until it is free)
             time.sleep(0.1)
     assert toolchains.installed("tiny").usable
 
@@ -345,6 +345,7 @@ MEAN, STD = np.float32(0.3054), np.float32(0.3237)
 def test_modelopt_is_added_and_quantizes(digits: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real one: 1.3 GB and a minute and a half; pip must reach an index, with a CPU build of torch."""
     import onnx
+    import onnx_ir as ir
     import onnxruntime
 
     monkeypatch.setenv("EDGEATTN_HOME", str(tmp_path / "own"))
@@ -371,3 +372,13 @@ def test_modelopt_is_added_and_quantizes(digits: Bundle, tmp_path: Path, monkeyp
     session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", options, providers=["CPUExecutionProvider"])
     right = sum(int(session.run(None, {"x": x})[0].argmax() == y) for x, y in zip(images, labels, strict=True))
     assert right >= 0.95 * len(labels)
+
+    from edgeattn.targets.base import LowerPlan
+    from edgeattn.targets.tensorrt.modelopt import quantize
+
+    model = ir.load(source)
+    quantized, note = quantize(model, LowerPlan("w8a8", [{"x": image[None]} for image in images[:8]], {}))
+    assert note["by"] == "ModelOpt 0.47.0"
+    assert len(note["operations"]) >= 40
+    assert any(operation["module"].startswith("stages.") for operation in note["operations"])
+    assert sum(node.op_type == "QuantizeLinear" for node in quantized.graph) >= 40

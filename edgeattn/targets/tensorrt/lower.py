@@ -57,18 +57,25 @@ def _quantized(
         references: outputs in float32, for each sample of the plan.
 
     Raises:
-        CheckFailed: not one operation can be quantized.
+        CheckFailed: there is none, or even a tenth of them (one at least) is too much.
     """
     calibration = Calibration(model, plan.samples, NUMBERS[plan.precision])
     loud = [str(w.node.name) for w in sorted(calibration.operations, key=lambda w: -w.noise)]
+    if not loud:
+        raise CheckFailed(
+            "there is nothing to quantize",
+            value=plan.precision,
+            why="the graph has no convolution or matrix product with constant weights",
+            fix="--precision fp16",
+        )
     near, worst = _NEAR * TOLERANCES[plan.precision], 0.0
-    for count in (round(len(loud) * part / _PARTS) for part in range(_PARTS)):
+    for count in sorted({min(round(len(loud) * part / _PARTS), len(loud) - 1) for part in range(_PARTS)}):
         without = set(loud[:count])
         quantized = calibration.apply(model, without)
         outputs = [outputs_of(quantized, feeds) for feeds in plan.samples]
         pairs = zip(references, outputs, strict=True)
         worst = max(compare(value, ours[name]).relative_l2 for wanted, ours in pairs for name, value in wanted.items())
-        if loud and worst <= near:
+        if worst <= near:
             return quantized, {
                 "numbers": NUMBERS[plan.precision].name,
                 "calibrated_on": f"{len(plan.samples)} samples",
@@ -77,9 +84,7 @@ def _quantized(
             }
     raise CheckFailed(
         f"the model does not hold in {plan.precision}",
-        value=f"relative L2 {worst:.3g} with a tenth of {len(loud)} weighted operations quantized"
-        if loud
-        else "it has no convolution or matrix product with constant weights",
+        value=f"relative L2 {worst:.3g} with {len(loud) - count} of {len(loud)} weighted operations quantized",
         why=f"{near:g} is wanted on the samples, which leaves a fifth of what verification allows",
         fix="--precision fp16",
     )
