@@ -21,11 +21,10 @@ from benchmarks.measure import ratio, seconds
 OURS = """
 import sys
 from pathlib import Path
-import onnx_ir as ir
 from edgeattn.targets import get
 from edgeattn.targets.tensorrt.engine import Builder
 file, precision = Path(sys.argv[1]), sys.argv[2]
-builder = Builder(ir.load(file), file, "rtx")
+builder = Builder(file, "rtx")
 builder.parse()
 plan = builder.build("portable", precision, get("tensorrt").settle({}, None), {}).plan
 Path(sys.argv[3]).write_bytes(plan)

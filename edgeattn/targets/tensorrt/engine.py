@@ -81,15 +81,15 @@ class Builder:
     """One graph inside of TensorRT.
 
     Args:
-        model: the graph as it stands in the file. path: of that file.
+        path: of the .onnx file.
     """
 
-    def __init__(self, model: ir.Model, path: Path, flavour: str) -> None:
+    def __init__(self, path: Path, flavour: str) -> None:
         self._trt, self.distribution = tensorrt(flavour)
         self._log = _logger(self._trt)
         # Held as long as network and parser live: made from a temporary one they crashed.
         self._builder = self._trt.Builder(self._log)
-        self._model, self._path = model, path
+        self._path = path
         self._network: Any = None
         self._parser: Any = None
 
@@ -97,6 +97,12 @@ class Builder:
     def version(self) -> str:
         """TensorRT's own."""
         return str(self._trt.__version__)
+
+    def _nodes(self) -> list[ir.Node]:
+        """The graph's nodes as they stand in the file; read only when something went wrong."""
+        import onnx_ir
+
+        return list(onnx_ir.load(self._path).graph)
 
     def _fresh(self) -> None:
         """An empty network, strongly typed where that is still a choice, and a parser for it."""
@@ -132,7 +138,7 @@ class Builder:
     def _refusal(self) -> ConversionFailed:
         from edgeattn.targets.onnx_graph.execute import module_of
 
-        nodes = list(self._model.graph)
+        nodes = self._nodes()
         errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
         self._fresh()  # parsing may stop at the first; the question of what is supported goes through all
         self._parser.supports_model_v2(self._path.read_bytes(), str(self._path))
@@ -194,7 +200,7 @@ class Builder:
 
         lines = list(dict.fromkeys(self._log.errors)) or ["it gave no reason"]
         text = " ".join(lines)
-        named = [node for node in self._model.graph if node.name and f"'{node.name}'" in text]
+        named = [node for node in self._nodes() if node.name and f"'{node.name}'" in text]
         memory = any(words in text.lower() for words in _MEMORY)
         fix = "the nodes that it names are the ones to change; --precision may help too"
         if memory:

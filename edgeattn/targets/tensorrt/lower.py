@@ -216,7 +216,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             _check_compute(model, plan, compute)
         file = "model.onnx" if name == "main" else f"{name}.onnx"
         save(model, out / file)
-        builder = Builder(model, out / file, flavour)
+        builder = Builder(out / file, flavour)
         note["network"] = builder.parse()
         shapes = _shapes(model, entry, plan)
         inputs = tensors(model.graph.inputs, shapes)
