@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def build(trt: Any, part: Data, entry: str) -> bytes:
         raise _not_built(trt, entry, said.errors)
     try:
         _write(timings, bytes(config.get_timing_cache().serialize()))
-    except (AttributeError, TypeError, OSError):
+    except (AttributeError, TypeError):
         pass  # the next build takes longer
     return bytes(plan)
 
@@ -135,11 +136,15 @@ def _bytes(path: str) -> bytes:
 
 
 def _write(path: str, data: bytes) -> None:
-    """Whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.{os.getpid()}", "wb") as handle:
-        handle.write(data)
-    os.replace(f"{path}.{os.getpid()}", path)
+    """Whole or not at all; where nothing can be kept the next use takes longer."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(part, "wb") as handle:
+            handle.write(data)
+        os.replace(part, path)
+    except OSError:
+        pass
 
 
 def _prebuilt(part: Data, entry: str, name: str, compute: str) -> str:
@@ -160,36 +165,50 @@ def _left_by_script(part: Data, entry: str) -> str:
     return engine if os.path.isfile(engine) and os.path.getmtime(engine) >= os.path.getmtime(graph) else ""
 
 
+def _found(part: Data, entry: str, name: str, compute: str, kept: str) -> list[tuple[str, str]]:
+    """Engines that are there already, each with where it is from."""
+    places = {
+        "prebuilt": _prebuilt(part, entry, name, compute),
+        "built by build.sh": _left_by_script(part, entry),
+        "cached": kept,
+    }
+    return [(source, path) for source, path in places.items() if os.path.isfile(path)]
+
+
 def engine_of(part: Data, entry: str, cuda: cuda_driver.Driver) -> tuple[Any, Any, Data]:
     """A runtime, which has to outlive its engine; the engine; and where it is from.
 
+    An engine of the bundle or of the cache that does not open here is passed over.
+
     Raises:
-        run.Problem: 4, none can be built; 1, what was built cannot be opened.
+        run.Problem: 4, none can be built; 1, what was built on this machine cannot be opened.
     """
     trt, name = module(part)
-    gpu = cuda.gpu
-    ready = _prebuilt(part, entry, name, gpu["compute_capability"])
-    source, data = "prebuilt", _bytes(ready) if ready else b""
-    if not data and (left := _left_by_script(part, entry)):
-        source, data = "built by build.sh", _bytes(left)
-    if not data:
-        about = [part["files"][part["entries"][entry]["file"]]["sha256"], name, gpu, part["facts"].get("options")]
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        path = os.path.join(run.CACHE, "engines", f"{key}.engine")
-        source, data = "cached", _bytes(path)
-        if not data:
-            begun = time.perf_counter()
-            data = build(trt, part, entry)
-            source = f"built in {time.perf_counter() - begun:.1f} s"
-            _write(path, data)
+    gpu, facts = cuda.gpu, part["facts"]
+    graph = part["files"][part["entries"][entry]["file"]]["sha256"]
+    about = [graph, name, gpu, facts.get("options"), facts["entries"][entry].get("profiles")]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    kept = os.path.join(run.CACHE, "engines", f"{key}.engine")
     said = _Said()
     runtime = trt.Runtime(said.logger(trt))
-    engine = runtime.deserialize_cuda_engine(data)
+    for source, path in _found(part, entry, name, gpu["compute_capability"], kept):
+        engine = runtime.deserialize_cuda_engine(_bytes(path))
+        if engine is not None:
+            return runtime, engine, {**gpu, "tensorrt": name, "engine": source}
+        if source == "built by build.sh":
+            raise run.Problem(1, _unopened(name, source, said), "sh build.sh makes it anew")
+    begun = time.perf_counter()
+    plan = build(trt, part, entry)
+    source = f"built in {time.perf_counter() - begun:.1f} s"
+    _write(kept, plan)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        words = "; ".join(said.errors)[:1000] or "no reason given"
-        fix = "sh build.sh makes it anew" if source == "built by build.sh" else run.advice(part)
-        raise run.Problem(1, f"{name} cannot open the engine ({source}): {words}", fix)
+        raise run.Problem(1, _unopened(name, source, said), run.advice(part))
     return runtime, engine, {**gpu, "tensorrt": name, "engine": source}
+
+
+def _unopened(name: str, source: str, said: _Said) -> str:
+    return f"{name} cannot open the engine ({source}): {'; '.join(said.errors)[:1000] or 'no reason given'}"
 
 
 class Opened:
@@ -290,15 +309,10 @@ def child(manifest: Data, do: str) -> Data:
 def _modules(part: Data, entry: str, layers: list[tuple[str, float]]) -> list[Data]:
     """Layers with the torch modules of the ONNX nodes that their names speak of."""
     known = part["facts"]["entries"][entry].get("modules", {})
-    names = sorted(known, key=len, reverse=True)
     found = []
     for layer, ms in layers:
-        rest, modules = layer, []
-        for name in names:  # long names first: node_conv2d_11 is not node_conv2d_1
-            if name in rest:
-                rest = rest.replace(name, " ")
-                modules.append(known[name])
-        found.append({"layer": layer, "modules": sorted(set(modules)), "ms": ms})
+        modules = {known[word] for word in re.findall(r"[\w./]+", layer) if word in known}
+        found.append({"layer": layer, "modules": sorted(modules), "ms": ms})
     return found
 
 

@@ -122,6 +122,20 @@ def test_the_engine_that_build_sh_left_is_used(full: Bundle, gpu: Run, tmp_path:
     assert "sh build.sh makes it anew" in other.stderr
 
 
+def test_what_does_not_open_is_built_anew_and_no_cache_is_needed(
+    full: Bundle, rtx: Bundle, gpu: Run, tmp_path: Path
+) -> None:
+    refused = json.loads(gpu(rtx, "--verify", "--json", STAND_IN_VERSION=trt.__version__).stdout)["parts"][0]
+    assert refused["engine"].startswith("built in")
+    for kept in (tmp_path / "cache").rglob("*.engine"):
+        kept.write_bytes(b"damaged")
+    again = json.loads(gpu(rtx, "--verify", "--json", STAND_IN_VERSION=trt.__version__).stdout)["parts"][0]
+    assert again["engine"].startswith("built in")
+    (tmp_path / "file").touch()
+    nowhere = gpu(full, "--verify", XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert nowhere.returncode == 0, nowhere.stderr
+
+
 def test_own_inputs_of_several_sizes(rtx: Bundle, gpu: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
@@ -145,7 +159,7 @@ def test_profile(full: Bundle, gpu: Run) -> None:
     layers = {layer["layer"]: layer["modules"] for layer in result["layers"]}
     assert layers["node_conv2d + node_relu"] == sorted({nodes["node_conv2d"], nodes["node_relu"]})
     assert layers["node_conv2d_11"] == [nodes["node_conv2d_11"]]
-    assert layers["Reformat 1"] == []
+    assert layers["Reformat 1"] == layers["node_conv2d_1111"] == []
     shown = gpu(full, "--profile", "--runs", "5", "--warmup", "1")
     assert "Stand-in GPU" in shown.stdout
     assert "engine, CUDA graph" in shown.stdout
