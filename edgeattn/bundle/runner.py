@@ -7,7 +7,7 @@
     python run.py ... --json           the result as JSON
 
 Before --profile and --input the golden outputs are compared once for each machine and runtime: a runtime that computes
-something else is refused. Exit codes: 0 the numbers hold, 1 they do not, 2 usage, 3 the runtime is missing.
+something else is refused. Exit codes: 0 they hold, 1 they do not, 2 usage, 3 the runtime is missing, 4 none is built.
 """
 
 from __future__ import annotations

@@ -112,7 +112,11 @@ class Driver:
         """``work`` captured as a CUDA graph, to be launched as one."""
         graph, made = ctypes.c_void_p(), ctypes.c_void_p()
         self("cuStreamBeginCapture_v2", self.stream, 2)  # relaxed: TensorRT may look things up meanwhile
-        work()
+        try:
+            work()
+        except BaseException:
+            self._library.cuStreamEndCapture(self.stream, ctypes.byref(graph))  # or the stream stays in capture
+            raise
         self("cuStreamEndCapture", self.stream, ctypes.byref(graph))
         self("cuGraphInstantiateWithFlags", ctypes.byref(made), graph, ctypes.c_uint64(0))
         return lambda: self("cuGraphLaunch", made, self.stream)

@@ -27,6 +27,8 @@ else:
 
 Data = run.Data
 
+#: Where engines are kept that were built here.
+ENGINES = os.environ.get("EDGEATTN_ENGINES") or os.path.join(run.CACHE, "engines")
 #: How often a launch is timed by CUDA events where --runs does not say.
 LAUNCHES = 200
 #: Of the layers a profile shows so many, the slowest first.
@@ -40,6 +42,9 @@ def module(part: Data) -> tuple[Any, str]:
     if not name:
         raise run.lacking([part])
     trt = importlib.import_module(run.MODULES["tensorrt"][name])
+    if name == "tensorrt" and int(trt.__version__.split(".")[0]) < 10:
+        fix = "JetPack 6.1 or newer brings TensorRT 10; on a server: python3 -m pip install tensorrt"
+        raise run.Problem(3, f"TensorRT {trt.__version__} is too old: it does not take strongly typed graphs", fix)
     return trt, f"{name} {trt.__version__}"
 
 
@@ -103,7 +108,7 @@ def build(trt: Any, part: Data, entry: str) -> bytes:
         for name, shapes in profiles.items():
             profile.set_shape(name, *(tuple(shapes[end]) for end in ("min", "opt", "max")))
         config.add_optimization_profile(profile)
-    timings = os.path.join(run.CACHE, "engines", f"timing-{trt.__version__}.cache")
+    timings = os.path.join(ENGINES, f"timing-{trt.__version__}.cache")
     cache = config.create_timing_cache(_bytes(timings))
     config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(network, config)
@@ -185,10 +190,11 @@ def engine_of(part: Data, entry: str, cuda: cuda_driver.Driver) -> tuple[Any, An
     """
     trt, name = module(part)
     gpu, facts = cuda.gpu, part["facts"]
-    graph = part["files"][part["entries"][entry]["file"]]["sha256"]
-    about = [graph, name, gpu, facts.get("options"), facts["entries"][entry].get("profiles")]
+    file = part["entries"][entry]["file"]
+    graph = [part["files"].get(each, {}).get("sha256") for each in (file, f"{file}.data")]  # weights apart where large
+    about = [graph, part["precision"], name, gpu, facts.get("options"), facts["entries"][entry].get("profiles")]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    kept = os.path.join(run.CACHE, "engines", f"{key}.engine")
+    kept = os.path.join(ENGINES, f"{key}.engine")
     said = _Said()
     runtime = trt.Runtime(said.logger(trt))
     for source, path in _found(part, entry, name, gpu["compute_capability"], kept):
@@ -311,7 +317,7 @@ def _modules(part: Data, entry: str, layers: list[tuple[str, float]]) -> list[Da
     known = part["facts"]["entries"][entry].get("modules", {})
     found = []
     for layer, ms in layers:
-        modules = {known[word] for word in re.findall(r"[\w./]+", layer) if word in known}
+        modules = {known[word] for word in re.split(r"[.]{3}|[^\w./]+", layer) if word in known}
         found.append({"layer": layer, "modules": sorted(modules), "ms": ms})
     return found
 

@@ -183,7 +183,13 @@ class IExecutionContext:
             wrong = 1.5 if os.environ.get("STAND_IN_WRONG") else 1
             self._array(name, value.shape)[...] = value * wrong
         if self.profiler is not None:
-            for name in ("node_conv2d + node_relu", "node_conv2d_11", "node_conv2d_1111", "Reformat 1"):
+            for name in (
+                "node_conv2d + node_relu",
+                "node_conv2d_11",
+                "node_conv2d_1111",
+                "{ForeignNode[node_conv2d_2...node_relu_1]}",
+                "Reformat 1",
+            ):
                 self.profiler.report_layer_time(name, 0.25)
         return True
 

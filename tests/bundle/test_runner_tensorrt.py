@@ -159,6 +159,8 @@ def test_profile(full: Bundle, gpu: Run) -> None:
     layers = {layer["layer"]: layer["modules"] for layer in result["layers"]}
     assert layers["node_conv2d + node_relu"] == sorted({nodes["node_conv2d"], nodes["node_relu"]})
     assert layers["node_conv2d_11"] == [nodes["node_conv2d_11"]]
+    fused = layers["{ForeignNode[node_conv2d_2...node_relu_1]}"]
+    assert fused == sorted({nodes["node_conv2d_2"], nodes["node_relu_1"]})
     assert layers["Reformat 1"] == layers["node_conv2d_1111"] == []
     shown = gpu(full, "--profile", "--runs", "5", "--warmup", "1")
     assert "Stand-in GPU" in shown.stdout
@@ -178,6 +180,7 @@ def test_profile(full: Bundle, gpu: Run) -> None:
         ({"STAND_IN_BUILD": "Requested 2147483648 bytes of workspace: out of memory"}, 4, "2147483648"),
         ({"STAND_IN_BUILD": "out of memory"}, 4, "workspace_mb=512"),
         ({"STAND_IN_CRASH": "1"}, 1, "SIGABRT"),
+        ({"STAND_IN_VERSION": "8.6.2"}, 3, "too old"),
     ],
 )
 def test_what_goes_wrong_is_said(full: Bundle, gpu: Run, environ: dict[str, str], code: int, words: str) -> None:

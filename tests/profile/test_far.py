@@ -79,3 +79,14 @@ def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
     (answer,) = stage(tmp_path / "file" / "root", "clean\n")
     assert "file" in answer["error"]
     assert (tmp_path / "file").is_file()
+
+
+def test_engines_are_kept_where_the_rest_of_a_cache_goes_with_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    words = [sys.executable, far.__file__, "run", json.dumps({"folder": str(tmp_path), "words": []})]
+    environ = {**os.environ, "XDG_CACHE_HOME": "/somewhere"}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True) as process:
+        assert process.stdout is not None
+        given = json.loads(json.loads(process.stdout.readline())["out"])
+    assert given["EDGEATTN_ENGINES"] == os.path.join("/somewhere", "edgeattn", "engines")
+    assert given["XDG_CACHE_HOME"] == str(tmp_path / "cache")

@@ -90,13 +90,20 @@ def stage(root: str, own: bool, digest: str, token: str, stale_s: float, grace_s
 
 def run(folder: str, words: "list[str]") -> None:
     """Run ``folder/run.py`` with ``words``; prints how it ended and what it wrote."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    engines = os.path.join(cache, "edgeattn", "engines")
     child = subprocess.Popen(
         [sys.executable, os.path.join(folder, "run.py"), *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # What runtimes write into a user's cache goes with the folder.
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": os.path.join(folder, "cache")},
+        # What runtimes write into a user's cache goes with the folder; TensorRT's engines take minutes, and stay.
+        env={
+            "EDGEATTN_ENGINES": engines,
+            **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "XDG_CACHE_HOME": os.path.join(folder, "cache"),
+        },
         start_new_session=True,
     )
 
