@@ -60,7 +60,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
 
     from edgeattn.core.specs import shape_words
 
-    facts.add_row(f"artifact {info.backend}", ", ".join(f"{name} {version}" for name, version in info.tools.items()))
+    facts.add_row(f"artifact {info.backend}", ", ".join(f"{n} {v}" for n, v in info.tools.items() if v))
     proven = ", ".join(f"{r.name} {r.version} on {r.machine}" for r in info.runtimes)
     needs = f"; the device needs {info.requirement}" if info.requirement else ""
     facts.add_row("  proven with", f"{proven}{needs}")
@@ -83,6 +83,9 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
         if nodes:
             most = ", ".join(f"{op} {count}" for op, count in list(nodes.items())[:10])
             facts.add_row("", f"{sum(nodes.values())} nodes: {most}{' …' if len(nodes) > 10 else ''}")
+        for engine in info.facts.get("entries", {}).get(name, {}).get("engines", []):
+            about = f"compute {engine['compute_capability']}, TensorRT {engine['tensorrt']}, {engine['seconds']:.1f} s"
+            facts.add_row("", f"{engine['file']}: {about}")
 
 
 def _details(out: Console, info: ArtifactInfo, which: str) -> None:

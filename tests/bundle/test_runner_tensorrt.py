@@ -21,6 +21,7 @@ import pytest
 import edgeattn
 from edgeattn.bundle import Bundle
 from tests.bundle import tensorrt_stand_in as stand_in
+from tests.conftest import ROOT
 
 trt = pytest.importorskip("tensorrt_rtx")
 HERE = Path(__file__).parent
@@ -188,6 +189,23 @@ def test_what_goes_wrong_is_said(full: Bundle, gpu: Run, environ: dict[str, str]
     assert done.returncode == code, done.stderr + done.stdout
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("wrong", "code"), [({}, 0), ({"STAND_IN_WRONG": "1"}, 1)])
+def test_verify_asks_the_engine_where_there_is_a_gpu(
+    full: Bundle, gpu: Run, cuda: Path, tmp_path: Path, wrong: dict[str, str], code: int
+) -> None:
+    own = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "LD_LIBRARY_PATH": str(cuda), **wrong}
+    own |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "STAND_IN_BUILDS": str(tmp_path / "builds")}
+    command = [sys.executable, "-m", "edgeattn", "verify", str(full.path)]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    if code:
+        assert "does not run on this machine's GPU" in done.stderr
+        assert "refused" in done.stderr
+    else:
+        assert "TensorRT: golden/main-000.npz" in done.stdout
+        assert "none was run here" not in done.stdout  # what was open no longer is
 
 
 def test_wrong_numbers_are_not_profiled(full: Bundle, gpu: Run) -> None:

@@ -117,6 +117,12 @@ class TensorRTTarget(Target):
 
         return OnnxRuntime(artifact, optimized=False)
 
+    def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
+        """Where there is a GPU, the engine on it."""
+        from edgeattn.targets.tensorrt.gpu import EngineRuntime, at_hand
+
+        return {"TensorRT": EngineRuntime(artifact)} if at_hand(artifact) else {}
+
     def package(self) -> str:
         """The runner needs TensorRT: by default the one for RTX."""
         return PACKAGES[RTX]
