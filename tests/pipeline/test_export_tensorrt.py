@@ -107,6 +107,20 @@ class Dets(nn.Module):
         return self.head((self.first(x) + self.second(x * 2)).unsqueeze(-1))
 
 
+class Shift(nn.Module):
+    def forward(self, x):
+        return torch.bitwise_left_shift(x.to(torch.int32), 2).float() * x
+
+
+class Shifted(Dets):
+    def __init__(self):
+        super().__init__()
+        self.shift = Shift()
+
+    def forward(self, x):
+        return super().forward(self.shift(x))
+
+
 class Plain(nn.Module):
     def forward(self, x):
         return x * 2
@@ -182,11 +196,13 @@ def test_a_long_softmax_is_kept_in_float32(guest: Path, tmp_path: Path) -> None:
     assert "float16 counts to 2048" in kept[0]["why"]
 
 
+@pytest.mark.parametrize("name", ["Dets", "Shifted"])  # the second has a weight at which the parser stops
 def test_all_nodes_that_the_parser_refuses_are_listed(
-    guest: Path, tmp_path: Path, edgeattn_cli: Callable[..., subprocess.CompletedProcess[str]]
+    name: str, guest: Path, tmp_path: Path, edgeattn_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    done = edgeattn_cli("export", f"{guest}:Dets", "-t", "tensorrt", "-i", "x=2x4x4", "-o", tmp_path / "out")
+    done = edgeattn_cli("export", f"{guest}:{name}", "-t", "tensorrt", "-i", "x=2x4x4", "-o", tmp_path / "out")
     assert done.returncode == 4
+    assert ("BitShift in module shift" in done.stderr) == (name == "Shifted")
     assert "Det in module first" in done.stderr
     assert "Det in module second" in done.stderr
     assert "Traceback" not in done.stderr

@@ -135,34 +135,44 @@ class Builder:
             },
         }
 
-    def _refusal(self) -> ConversionFailed:
-        from edgeattn.targets.onnx_graph.execute import module_of
-
-        nodes = self._nodes()
+    def _refused(self, nodes: list[ir.Node]) -> dict[int, str]:
+        """What TensorRT says of each node that it does not take, by index; -1 is what it says of none of them."""
         errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
         self._fresh()  # parsing may stop at the first; the question of what is supported goes through all
         self._parser.supports_model_v2(self._path.read_bytes(), str(self._path))
         errors += [self._parser.get_error(i) for i in range(self._parser.num_errors)]
-        found = []
+        said = {i: "" for i, node in enumerate(nodes) if not self._parser.supports_operator(node.op_type)}
         for error in errors:
-            index = error.node()
-            node = nodes[index] if 0 <= index < len(nodes) else None
-            op = node.op_type if node else error.node_operator() or "(graph)"
-            place = (module_of(node) if node else "") or "(model)"
-            said = error.desc()
-            why = "" if said in ("", "false") else f": {said}"
-            found.append((op, place, f"{op} in module {place}{why[:300]}; {INSTEAD.get(op, _ELSE)}"))
-        found = list(dict.fromkeys(found))
-        ops = list(dict.fromkeys(op for op, *_ in found))
+            text = "" if error.desc() == "false" else error.desc()
+            at = [error.node()] if 0 <= error.node() < len(nodes) else []
+            if not at:  # of a weight, whose name ends the message
+                weight = text.rpartition("initializer: ")[2]
+                at = [i for i, node in enumerate(nodes) if weight in [v.name for v in node.inputs if v is not None]]
+            for index in at or [-1]:
+                said[index] = said.get(index) or text
+        return dict(sorted(said.items()))
+
+    def _refusal(self) -> ConversionFailed:
+        from edgeattn.targets.onnx_graph.execute import module_of
+
+        nodes = self._nodes()
+        said = self._refused(nodes)
+        ops = list(dict.fromkeys(nodes[i].op_type for i in said if i >= 0))
+        places = [module_of(nodes[i]) or "(model)" for i in said if i >= 0]
+        lines = []
+        for index, text in said.items():
+            op, place = (nodes[index].op_type, module_of(nodes[index]) or "(model)") if index >= 0 else ("", "")
+            what = f"{op} in module {place}{f': {text[:250]}' if text else ''}; {INSTEAD.get(op, _ELSE)}"
+            lines.append(what if op else text[:400])
         return ConversionFailed(
             "TensorRT's parser cannot take operations of the model",
             value=", ".join(ops) or None,
-            where=f"module {found[0][1]}" if found else None,
-            why=f"{len(found)} nodes are not supported by {self.distribution} {self.version}"
-            if found
+            where=f"module {places[0]}" if places else None,
+            why=f"{len(places)} nodes are not supported by {self.distribution} {self.version}"
+            if places
             else "; ".join(self._log.errors[-2:])[:400],
             fix=INSTEAD.get(ops[0], _ELSE) if ops else "look at the log of the stage",
-            details=[line for *_, line in found],
+            details=lines,
         )
 
     def build(self, compute: str, precision: str, options: Mapping[str, str], profiles: Profiles) -> Built:
