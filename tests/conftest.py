@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,15 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test reads or writes the user's own cache and recipes."""
+    """No test reads or writes the user's own cache and recipes, or leaves temporary files to the machine."""
     folder = tmp_path_factory.mktemp("home")
-    kept = {name: os.environ.get(name) for name in ("EDGEATTN_CACHE", "EDGEATTN_HOME", "XDG_CACHE_HOME")}
+    kept = {name: os.environ.get(name) for name in ("EDGEATTN_CACHE", "EDGEATTN_HOME", "XDG_CACHE_HOME", "TMPDIR")}
     os.environ["EDGEATTN_CACHE"] = str(folder / "cache")
     os.environ["EDGEATTN_HOME"] = str(folder / "config")
     os.environ["XDG_CACHE_HOME"] = str(folder / "user-cache")  # the runner's notes of what held
+    (folder / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(folder / "tmp")
+    tempfile.tempdir = None  # read TMPDIR anew
     yield folder
     for name, value in kept.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+    tempfile.tempdir = None
 
 
 @pytest.fixture

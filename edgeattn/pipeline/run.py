@@ -65,7 +65,7 @@ def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -
     cache.prepare()
     records: dict[str, Record] = {}
     fresh: list[str] = []
-    with Supervisor(cache.root / "logs") as supervisor:
+    with Supervisor(cache.root / "logs", cache.scratch()) as supervisor:
         plan = make_plan(job, cache)
         if _missing(plan, upto):
             supervisor.start()

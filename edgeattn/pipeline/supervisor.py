@@ -15,6 +15,7 @@ from typing import Any
 
 from edgeattn.core import errors
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError
+from edgeattn.core.files import remove
 from edgeattn.pipeline.job import Job
 
 _KEPT_LOGS = 20
@@ -33,10 +34,13 @@ class Supervisor:
 
     Args:
         logs: folder for what converters print; one file a worker.
+        temporary: the worker's folder for temporary files; goes with the worker, since it is killed and converters
+            that clean up as their process exits never do.
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, temporary: Path) -> None:
         self._logs = logs
+        self._temporary = temporary
         self._process: subprocess.Popen[str] | None = None
         self._answers: Any = None
         self._log: Path | None = None
@@ -65,6 +69,7 @@ class Supervisor:
                     stdout=log,
                     stderr=log,
                     pass_fds=(write,),
+                    env={**os.environ, "TMPDIR": str(self._temporary)},
                     text=True,
                 )
         finally:
@@ -81,6 +86,7 @@ class Supervisor:
                     self._process.stdin.close()
             self._answers.close()
             self._process = None
+        remove(self._temporary)
 
     def run(
         self, stage: str, job: Job, out: Path, results: dict[str, Any], say: Callable[[str], None]

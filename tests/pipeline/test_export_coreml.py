@@ -173,6 +173,17 @@ def test_wrong_numbers_fail_and_name_the_module(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.coreml.*")) == []
 
 
+def test_no_temporary_file_outlives_the_export(
+    net: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The converter leaves its own copy of each package to the end of its process, which is killed before."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    edgeattn.export(f"{net}:build", "coreml", output=tmp_path / "out", inputs=["x=2x8x16"])
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list((own_cache / "scratch").iterdir())
+
+
 def test_what_cannot_be_converted_names_operation_and_module(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\n\n\nclass Odd(nn.Module):\n    def forward(self, x):\n"
