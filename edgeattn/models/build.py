@@ -39,32 +39,42 @@ class Built:
         return {spec.name: torch.from_numpy(spec.at(end).random(seed + i)) for i, spec in enumerate(self.specs)}
 
 
-def import_timm() -> ModuleType:
-    """timm, beside a CPU build of torch too.
+#: A torch.library.Library takes its definitions back when it is collected.
+_KEPT: list[Any] = []
 
-    The torchvision that timm imports is on PyPI only as a build for CUDA; its compiled operators do not load beside a
-    CPU torch, and its import stops at ``torchvision::nms``. Declaring the two schemas is enough: nothing calls them.
+
+def _mend_torchvision() -> None:
+    """Let torchvision, which timm and many guests import, be imported beside a CPU build of torch too.
+
+    On PyPI it is built for CUDA only: its compiled operators do not load then, and its import stops at
+    ``torchvision::nms``. Declaring the two schemas that it asks for is enough, as long as nothing calls them.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    compiled = Path(spec.origin).with_name("_C.so") if spec and spec.origin else None
+    if _KEPT or "torchvision" in sys.modules or compiled is None or not compiled.is_file():
+        return
+    try:
+        torch.ops.load_library(compiled)
+    except OSError:
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            library.define(schema)  # type: ignore[no-untyped-call]
+        _KEPT.append(library)
+
+
+def import_timm() -> ModuleType:
+    """timm.
 
     Raises:
-        ToolchainMissing: timm is not installed.
+        ToolchainMissing: it is not installed.
     """
     if importlib.util.find_spec("timm") is None:
         raise ToolchainMissing(
             "timm is not installed", why="timm: models are built by it", fix="pip install 'edgeattn[timm]'"
         )
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name, schema in (
-        ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-        ("qnms", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-    ):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)  # type: ignore[no-untyped-call]
-    _KEPT.append(library)
+    _mend_torchvision()
     return importlib.import_module("timm")
-
-
-#: A torch.library.Library takes its definitions back when it is collected.
-_KEPT: list[Any] = []
 
 
 @contextlib.contextmanager
@@ -144,6 +154,7 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
         return model, specs or [TensorSpec("x", (1, *model.default_cfg["input_size"]))]
     if source.endswith(".py"):
         source = str(Path(resolved.folder, source))
+    _mend_torchvision()
     try:
         module = _module(source)
         target = getattr(module, attribute, None)

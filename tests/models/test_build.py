@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -168,3 +169,15 @@ def test_timm_without_timm_says_how_to_get_it(monkeypatch):
         build(resolve("timm:resnet18"))
     assert caught.value.exit_code == 3
     assert "pip install" in str(caught.value.fix)
+
+
+def test_a_guest_may_import_timm_beside_any_torch(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text("import timm\n\ndef make():\n    return timm.create_model('resnet18', num_classes=3)\n")
+    code = f"""
+from edgeattn.models.build import build
+from edgeattn.recipe import resolve
+build(resolve({str(file)!r} + ":make", inputs=["x=1x3x64x64"]))
+"""  # a process of its own: torchvision may have been imported in this one
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

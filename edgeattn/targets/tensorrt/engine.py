@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ INSTEAD = {
 }
 #: How TensorRT speaks of too little memory.
 _MEMORY = ("out of memory", "outofmemory", "insufficient memory", "workspace")
+#: Words of TensorRT's that say no more than that it does not take a node.
+_EMPTY = re.compile("^false$|Plugin not found")
 _ELSE = "write that module with other operations, or run it outside of the engine"
 
 
@@ -135,16 +138,20 @@ class Builder:
             },
         }
 
+    def _errors(self) -> list[tuple[int, str]]:
+        """Node and text of what the parser says; copies, since its own words end with it."""
+        errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+        return [(error.node(), "" if _EMPTY.search(error.desc()) else str(error.desc())) for error in errors]
+
     def _refused(self, nodes: list[ir.Node]) -> dict[int, str]:
         """What TensorRT says of each node that it does not take, by index; -1 is what it says of none of them."""
-        errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+        errors = self._errors()
         self._fresh()  # parsing may stop at the first; the question of what is supported goes through all
         self._parser.supports_model_v2(self._path.read_bytes(), str(self._path))
-        errors += [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+        errors += self._errors()
         said = {i: "" for i, node in enumerate(nodes) if not self._parser.supports_operator(node.op_type)}
-        for error in errors:
-            text = "" if error.desc() == "false" else error.desc()
-            at = [error.node()] if 0 <= error.node() < len(nodes) else []
+        for node, text in errors:
+            at = [node] if 0 <= node < len(nodes) else []
             if not at:  # of a weight, whose name ends the message
                 weight = text.rpartition("initializer: ")[2]
                 at = [i for i, node in enumerate(nodes) if weight in [v.name for v in node.inputs if v is not None]]
@@ -168,7 +175,7 @@ class Builder:
             "TensorRT's parser cannot take operations of the model",
             value=", ".join(ops) or None,
             where=f"module {places[0]}" if places else None,
-            why=f"{len(places)} nodes are not supported by {self.distribution} {self.version}"
+            why=f"{self.distribution} {self.version} does not support {len(places)} node{'s' if places[1:] else ''}"
             if places
             else "; ".join(self._log.errors[-2:])[:400],
             fix=INSTEAD.get(ops[0], _ELSE) if ops else "look at the log of the stage",
