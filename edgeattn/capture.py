@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError, UsageError
+from edgeattn.core.specs import step_of
 
-#: (min, opt, max) of dimensions that may vary, by input and axis.
-Dynamic = Mapping[str, Mapping[int, tuple[int, int, int]]]
+#: (min, opt, max) of dimensions that may vary, or (min, opt, max, step), by input and axis.
+Dynamic = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Entry:
     Attributes:
         graph: the exported program; it returns a flat tuple of tensors.
         inputs, outputs: names, in the order of the graph.
-        dynamic: (min, opt, max) of the inputs' dimensions that may vary, by input and axis.
+        dynamic: (min, opt, max), or with a step, of the inputs' dimensions that may vary, by input and axis.
     """
 
     graph: torch.export.ExportedProgram
@@ -63,7 +66,7 @@ class Program:
                     torch.export.load(folder / f"{name}.pt2"),
                     tuple(n["inputs"]),
                     tuple(n["outputs"]),
-                    {i: {axis: (a, b, c) for axis, a, b, c in axes} for i, axes in n.get("dynamic", {}).items()},
+                    {i: {axis: tuple(ends) for axis, *ends in axes} for i, axes in n.get("dynamic", {}).items()},
                 )
                 for name, n in names.items()
             }
@@ -243,8 +246,9 @@ def _export_ranges(
         args, shapes = own_copies(inputs), torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
         dims = {}
         for i, axis in set(leaders.values()):
-            low, _, high = axes[i, axis]
-            dims[i, axis] = torch.export.Dim(f"dim_{i}_{axis}", min=low, max=high)
+            (low, _, high), step = axes[i, axis][:3], step_of(axes[i, axis])
+            size = torch.export.Dim(f"dim_{i}_{axis}", min=low // step, max=high // step)
+            dims[i, axis] = size if step == 1 else step * size
         for name, found in dynamic.items():
             i = order.index(name)
             shapes[args[i]] = {axis: dims[leaders[i, axis]] for axis in found}
@@ -259,6 +263,8 @@ def _export_ranges(
                     raise _cannot_vary(lines, order, axes, blamed) from error
             else:
                 _check_ranges(graph, order, axes)
+                if any(step_of(ends) > 1 for ends in axes.values()):
+                    _check_steps(graph, order, axes, leaders)
                 return graph
 
 
@@ -266,7 +272,7 @@ def _places(text: str) -> list[_Place]:
     return [(int(i), int(axis)) for i, axis in _DIM.findall(text)]
 
 
-def _join(lines: list[str], axes: Mapping[_Place, tuple[int, int, int]], leaders: dict[_Place, _Place]) -> bool:
+def _join(lines: list[str], axes: Mapping[_Place, tuple[int, ...]], leaders: dict[_Place, _Place]) -> bool:
     """Make one dimension of those of several inputs that must be equal, if their ranges are; False if there are none.
 
     Axes of a single input stay apart: the recipe lets them vary one by one, which they could not.
@@ -288,7 +294,7 @@ def _join(lines: list[str], axes: Mapping[_Place, tuple[int, int, int]], leaders
 def _cannot_vary(
     lines: list[str],
     order: list[str],
-    axes: Mapping[_Place, tuple[int, int, int]],
+    axes: Mapping[_Place, tuple[int, ...]],
     blamed: Mapping[_Place, str],
 ) -> ConversionFailed:
     """torch.export's message about dimensions, in words that name inputs and axes."""
@@ -302,19 +308,34 @@ def _cannot_vary(
 
     end = next((i for i, line in enumerate(lines) if line.startswith("Suggested fixes")), len(lines))
     reasons = [line for line in lines[1:end] if _places(line)] or lines[:1]
+    own = [named(reason) for reason in reasons if at in _places(reason)]
     first = next((reason for reason in reasons if at in _places(reason)), reasons[0])
-    low, _, high = axes[at]
+    low, _, high = axes[at][:3]
     return ConversionFailed(
         "a dimension of an input cannot vary",
         value=f"{low} to {high}",
         where=f"input {order[at[0]]}, axis {at[1]}" + (f"; module {blamed[at] or '(model)'}" if at in blamed else ""),
         why=f"in the captured graph: {named(first)[:400]}",
-        fix="give both the same range, or neither" if "must always be equal" in first else _NOT_DYNAMIC,
+        fix="give both the same range, or neither" if "must always be equal" in first else _advice(own, axes[at]),
         details=[named(reason)[:400] for reason in reasons if reason is not first][:5],
     )
 
 
 _NOT_DYNAMIC = "remove the range of this axis, or write the model's code for any size of it"
+#: A condition of torch's that every multiple of a number meets.
+_MULTIPLE = re.compile(r"\(size\(\d+\) % (\d+)\)+ == 0")
+
+
+def _advice(reasons: list[str], ends: tuple[int, ...]) -> str:
+    """What to do about an axis that cannot vary freely: a step that its conditions and the range's ends agree with."""
+    steps = [int(n) for reason in reasons for n in _MULTIPLE.findall(reason)]
+    step = math.lcm(*steps, step_of(ends))
+    if step == step_of(ends):
+        return (
+            f"{_NOT_DYNAMIC}; where it takes the multiples of a number alone, give that as the step: MIN..OPT..MAX/STEP"
+        )
+    low, opt, high = (-(-ends[0] // step) * step, round(ends[1] / step) * step, ends[2] // step * step)
+    return f"it takes multiples of {step} alone; say so with a step: {low}..{opt}..{high}/{step}"
 
 
 @contextlib.contextmanager
@@ -350,7 +371,7 @@ def _narrowed(model: nn.Module, places: list[_Place]) -> Iterator[dict[_Place, s
 
 
 def _check_ranges(
-    graph: torch.export.ExportedProgram, order: list[str], axes: Mapping[_Place, tuple[int, int, int]]
+    graph: torch.export.ExportedProgram, order: list[str], axes: Mapping[_Place, tuple[int, ...]]
 ) -> None:
     """Whether the graph takes every dimension over its whole range; an exporter may narrow one without a word.
 
@@ -359,7 +380,8 @@ def _check_ranges(
     """
     users = graph.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
-    for (i, axis), (low, _, high) in axes.items():
+    for (i, axis), ends in axes.items():
+        low, _, high = ends[:3]
         size: Any = values[str(users[i])].shape[axis]
         held = None if isinstance(size, int) else graph.range_constraints.get(size.node.expr)
         if held is None or held.lower > low or held.upper < high:
@@ -370,6 +392,75 @@ def _check_ranges(
                 why=f"the captured graph takes {size if held is None else f'{held.lower} to {held.upper}'}",
                 fix=_NOT_DYNAMIC,
             )
+
+
+#: Most sizes of one axis, and most shapes with several, that the conditions of a graph are asked about.
+_ASKED = 2000
+
+
+def _check_steps(
+    graph: torch.export.ExportedProgram,
+    order: list[str],
+    axes: Mapping[_Place, tuple[int, ...]],
+    leaders: dict[_Place, _Place],
+) -> None:
+    """Whether the graph takes every multiple of the steps: of these torch.export only notes what it assumed.
+
+    Raises:
+        ConversionFailed: it does not; names a size and the condition.
+    """
+    refusal = _refusal(graph)
+    while True:
+        free = {place: ends for place, ends in axes.items() if place in leaders.values()}
+        usual = {place: ends[1] for place, ends in free.items()}
+        every = {place: range(ends[0], ends[2] + 1, step_of(ends)) for place, ends in free.items()}
+        every = {place: r if len(r) <= _ASKED else r[:: len(r) // _ASKED + 1] for place, r in every.items()}
+        pick = random.Random(0)
+        asked = [usual | {place: n} for place in free for n in every[place]]
+        asked += [{place: pick.choice(r) for place, r in every.items()} for _ in range(_ASKED if len(free) > 1 else 0)]
+        refused = next(((sizes, why) for sizes in asked if (why := refusal(sizes, leaders))), None)
+        if refused is None:
+            return
+        if not _join([refused[1]], axes, leaders):
+            break
+    sizes, why = refused
+    at = next(place for place in free if sizes[place] != usual[place])
+    (low, opt, high), step = axes[at][:3], step_of(axes[at])
+    taken = [n for n in every[at] if not refusal(usual | {at: n}, leaders)]
+    fix, multiple = _NOT_DYNAMIC, math.gcd(*taken)
+    if 1 < len(taken) < len(every[at]) and taken == list(range(taken[0], taken[-1] + 1, multiple)):
+        fix = f"it takes {taken[0]}..{opt}..{taken[-1]}/{multiple}"
+    named = _DIM.sub(lambda match: f"(axis {match[2]} of {order[int(match[1])]})", why)
+    raise ConversionFailed(
+        "a dimension of an input cannot vary",
+        value=f"{low} to {high}" + f" in steps of {step}" * (step > 1),
+        where=f"input {order[at[0]]}, axis {at[1]}",
+        why=f"the captured graph does not take {sizes[at]}: {named[:400]}",
+        fix="give both the same range, or neither" if "must always be equal" in why else fix,
+    )
+
+
+def _refusal(graph: torch.export.ExportedProgram) -> Callable[[Mapping[_Place, int], Mapping[_Place, _Place]], str]:
+    """Gives, for sizes by leader, the condition of the graph that such inputs do not meet, or nothing."""
+    guards: Any = graph.module()._guards_fn
+    users = [str(user) for user in graph.graph_signature.user_inputs]
+    values = {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
+    examples: list[Any] = [values[user] for user in users]
+
+    def refusal(sizes: Mapping[_Place, int], leaders: Mapping[_Place, _Place]) -> str:
+        at = {place: sizes[leader] for place, leader in leaders.items()}
+        shapes = [[at.get((i, k), n) for k, n in enumerate(x.shape)] for i, x in enumerate(examples)]
+        try:
+            guards(*(torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(shapes, examples, strict=True)))
+        except AssertionError as error:
+            text = re.sub(r"(\w+)\.size\(\)\[(\d+)\]", lambda m: f"dim_{users.index(m[1])}_{m[2]}", str(error))
+            text = text.removeprefix("Guard failed: ")
+            if re.fullmatch(r"dim_\d+_\d+ == dim_\d+_\d+", text):
+                return f"{text.replace('==', 'and')} must always be equal"
+            return f"it assumes {text}"
+        return ""
+
+    return refusal
 
 
 #: Whose lines are no news to a user: torch's, and ours apart from the models.

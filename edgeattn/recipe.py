@@ -54,7 +54,8 @@ class InputSpec(schema.Strict):
     """Shape, dtype and random range of one input; see ``core.specs.TensorSpec``.
 
     Attributes:
-        dynamic: (min, opt, max) of the dimensions that may vary, by axis; opt is the shape's own number.
+        dynamic: (min, opt, max), or with a step as a fourth, of the dimensions that may vary, by axis; opt is the
+            shape's own number.
     """
 
     shape: tuple[int, ...]
@@ -100,7 +101,7 @@ class InputSpec(schema.Strict):
     @property
     def ranges(self) -> Ranges:
         """The dimensions that may vary, as in ``core.specs.TensorSpec``."""
-        return tuple(sorted((int(axis), low, opt, high) for axis, (low, opt, high) in self.dynamic.items()))
+        return tuple(sorted((int(axis), *ends) for axis, ends in self.dynamic.items()))
 
     @field_validator("dtype")
     @classmethod

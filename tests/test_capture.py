@@ -200,6 +200,74 @@ def test_a_program_takes_every_shape_of_its_ranges(model, tmp_path):
                 run(torch.randn(shape))
 
 
+class Halves(nn.Module):
+    """Of images whose height and width are multiples of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.conv(self.conv(x)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return x + deep + x.unflatten(2, (-1, 4)).mean(3).repeat_interleave(4, 2)
+
+
+def test_a_step_is_for_models_that_take_multiples(tmp_path):
+    ranges = {0: (1, 2, 4), 2: (8, 16, 32, 4), 3: (8, 12, 32, 4)}
+    program = capture(Halves().eval(), {"x": torch.randn(2, 3, 16, 12)}, ("y",), dynamic={"x": ranges})
+    names = json.loads(json.dumps(program.save(tmp_path)))
+    entry = Program.load(tmp_path, names).entries["main"]
+    assert entry.dynamic == {"x": ranges}
+    for shape in [(1, 3, 8, 8), (4, 3, 32, 32), (3, 3, 12, 20)]:
+        assert entry.graph.module()(torch.randn(shape))[0].shape == shape
+    with pytest.raises(Exception, match=r"(?i)guard"):
+        entry.graph.module()(torch.randn(1, 3, 10, 8))
+
+
+def test_a_step_that_several_inputs_share():
+    inputs, ranges = {"x": torch.randn(8, 3), "y": torch.randn(8, 3)}, {0: (4, 8, 16, 4)}
+    program = capture(Of(torch.add).eval(), inputs, ("z",), dynamic={"x": ranges, "y": ranges})
+    feeds = [torch.randn(12, 3), torch.randn(12, 3)]
+    assert torch.equal(program.entries["main"].graph.module()(*feeds)[0], sum(feeds))
+    error = fails_to_vary(Of(torch.add), inputs, {"x": ranges, "y": {0: (4, 8, 12, 4)}})
+    assert error.where == "input x, axis 0"
+    assert "takes 4 to 12" in str(error.why)
+
+
+@pytest.mark.parametrize(
+    ("ends", "advice"),
+    [
+        ((8, 16, 32), "it takes multiples of 4 alone; say so with a step: 8..16..32/4"),
+        ((7, 16, 33), "it takes multiples of 4 alone; say so with a step: 8..16..32/4"),
+        ((6, 16, 32, 2), "it takes 8..16..32/4"),
+        ((12, 24, 48, 3), "it takes 12..24..48/12"),
+    ],
+)
+def test_a_missing_step_is_found(ends, advice):
+    unflatten = Of(lambda x: x.unflatten(2, (-1, 4)))
+    error = fails_to_vary(unflatten, {"x": torch.randn(2, 3, ends[1], 12)}, {"x": {2: ends}})
+    assert str(error.fix).startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (lambda x: x * 2 if x.shape[2] % 4 == 0 else x, "does not take 10: it assumes (axis 2 of x) % 4 == 0"),
+        (lambda x: x * 2 if x.shape[2] > 10 else x, "does not take 8: it assumes (axis 2 of x) > 10"),
+        (
+            lambda x: x * 2 if x.shape[2] != x.shape[3] else x,
+            "does not take 12: it assumes (axis 2 of x) != (axis 3 of x)",
+        ),
+    ],
+)
+def test_a_branch_on_sizes_is_found_behind_steps(what, why):
+    """torch.export takes these: of multiples it only notes what it assumed, and the graph would be wrong."""
+    ranges = {2: (8, 16, 32, 2), 3: (4, 12, 20, 4)}
+    error = fails_to_vary(Of(what), {"x": torch.randn(2, 3, 16, 12)}, {"x": ranges})
+    assert str(error.where).startswith("input x, axis")
+    assert why in str(error.why)
+
+
 def test_without_ranges_the_program_is_static(tmp_path):
     for dynamic in (None, {}, {"x": {}}):
         program = capture(nn.Linear(4, 3).eval(), {"x": X}, ("y",), dynamic=dynamic)

@@ -129,6 +129,7 @@ def dynamic(ranges):
         ),
         (dynamic({"0": [2, 1, 8]}), "axis 0: 2, 1, 8 are not in the order min, opt, max"),
         (dynamic({"0": [1, 1]}), "axis 0: a range is min, opt and max"),
+        (dynamic({"0": [1, 1, 8, 2]}), "axis 0: 1 is no multiple of the step 2"),
         (dynamic({"0": [1, 1, 1]}), "axis 0: min and max are both 1"),
         (dynamic({"2": [1, 1, 8]}), "axis 2: the shape has axes 0 to 1"),
         (dynamic({"-1": [1, 1, 8]}), "axis '-1': an axis is a number from 0"),
@@ -160,11 +161,11 @@ def test_every_shipped_recipe_resolves_and_names_itself():
 
 
 def test_dimensions_that_may_vary():
-    data = {**GOOD, **dynamic({"1": [2, 3, 4], "0": [1, 1, 8]})}
+    data = {**GOOD, **dynamic({"1": [3, 3, 9, 3], "0": [1, 1, 8]})}
     found = validate(data)
-    assert found.specs() == [TensorSpec("x", (1, 3), dynamic=((0, 1, 1, 8), (1, 2, 3, 4)))]
+    assert found.specs() == [TensorSpec("x", (1, 3), dynamic=((0, 1, 1, 8), (1, 3, 3, 9, 3)))]
     dumped = json.loads(json.dumps(found.model_dump(mode="json")))
-    assert dumped["inputs"]["x"]["dynamic"] == {"1": [2, 3, 4], "0": [1, 1, 8]}
+    assert dumped["inputs"]["x"]["dynamic"] == {"1": [3, 3, 9, 3], "0": [1, 1, 8]}
     assert validate(dumped) == found
 
 

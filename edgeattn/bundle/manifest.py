@@ -25,7 +25,8 @@ class TensorInfo(_Part):
     Attributes:
         layout: how its channels differ from the model's input of that name, see ``targets.base.Tensor``; else "".
         pixels: factor and offset of each channel where it takes raw pixels, see ``targets.base.Tensor``.
-        dynamic: (axis, min, opt, max) of the dimensions that may vary; left out of the text where none does.
+        dynamic: (axis, min, opt, max) of the dimensions that may vary, and their step if it is not 1; left out of the
+            text where none does.
     """
 
     name: str

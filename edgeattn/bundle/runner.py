@@ -458,12 +458,12 @@ def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads
         given = feeds.get(spec["name"])
         if given is None:
             raise Problem(2, f"missing --input {spec['name']}=FILE.npy")
-        ends = {axis: (low, high) for axis, low, _, high in spec.get("dynamic", ())}
-        sizes = [ends.get(axis, (size, size)) for axis, size in enumerate(spec["shape"])]
-        fits = len(sizes) == given.ndim and all(a <= n <= b for (a, b), n in zip(sizes, given.shape))  # noqa: B905
+        ends = {axis: range(low, high + 1, *step) for axis, low, _, high, *step in spec.get("dynamic", ())}
+        sizes = [ends.get(axis, range(size, size + 1)) for axis, size in enumerate(spec["shape"])]
+        fits = len(sizes) == given.ndim and all(n in size for n, size in zip(given.shape, sizes))  # noqa: B905
         if not fits or str(given.dtype) != spec["dtype"]:
-            needs = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in sizes)
-            has, needs = f"{given.shape} {given.dtype}", f"({needs}) {spec['dtype']}"
+            words = [f"{s[0]} to {s[-1]}" + f" by {s.step}" * (s.step > 1) if s[1:] else str(s[0]) for s in sizes]
+            has, needs = f"{given.shape} {given.dtype}", f"({', '.join(words)}) {spec['dtype']}"
             raise Problem(2, f"input {spec['name']} is {has}, wanted is {needs}")
     if unknown := sorted(set(feeds) - {spec["name"] for spec in wanted}):
         raise Problem(2, f"no input named {', '.join(unknown)}")

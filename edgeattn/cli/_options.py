@@ -28,7 +28,7 @@ _MODEL: tuple[Callable[..., Any], ...] = (
         multiple=True,
         metavar="NAME=SHAPE[:DTYPE[:LOW..HIGH]]",
         help="An input, as x=1x3x224x224 or ids=1x16:int64:0..31999; 1..8 or 1..4..8 is a dimension that may vary, "
-        "from min (over opt) to max. Once for each.",
+        "from min (over opt) to max, 192..224..256/32 one in steps of 32. Once for each.",
     ),
     click.option("--checkpoint", "-c", type=click.Path(), help=".safetensors, or .pth read without executing it."),
     click.option("--arg", "-a", "args", multiple=True, metavar="NAME=VALUE", help="An argument of the factory."),

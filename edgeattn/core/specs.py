@@ -18,8 +18,9 @@ LARGEST = 1 << 30
 
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
 
+_SIZE = r"\d+((\.\.\d+){1,2}(/\d+)?)?"
 _FORM = re.compile(
-    r"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>\d+(\.\.\d+){0,2}(x\d+(\.\.\d+){0,2})*|scalar)"
+    rf"(?P<name>[A-Za-z_][\w.]*)=(?P<shape>{_SIZE}(x{_SIZE})*|scalar)"
     r"(:(?P<dtype>\w+))?(:(?P<low>[^:]+?)\.\.(?P<high>[^:]+))?"
 )
 
@@ -45,24 +46,34 @@ def range_fault(dtype: str, low: float | None, high: float | None) -> str | None
     return None
 
 
-#: Dimensions that may vary, each as (axis, min, opt, max); min and max are inclusive.
-Ranges = tuple[tuple[int, int, int, int], ...]
+#: Dimensions that may vary, each as (axis, min, opt, max), or (axis, min, opt, max, step) where only multiples of step
+#: are sizes; min and max are inclusive.
+Ranges = tuple[tuple[int, ...], ...]
+
+
+def step_of(ends: Sequence[int]) -> int:
+    """The step of a range (min, opt, max) or (min, opt, max, step): 1 where it names none."""
+    return ends[3] if len(ends) > 3 else 1
 
 
 def dynamic_fault(shape: Sequence[int], ranges: Mapping[int, Sequence[int]]) -> str | None:
-    """Why dimensions of ``shape`` cannot vary over ``ranges``, (min, opt, max) by axis; None if they can."""
+    """Why dimensions of ``shape`` cannot vary over ``ranges``, (min, opt, max[, step]) by axis; None if they can."""
     for axis, ends in ranges.items():
         if not 0 <= axis < len(shape):
             return f"axis {axis}: the shape has {f'axes 0 to {len(shape) - 1}' if shape else 'no axis'}"
-        if len(ends) != 3:
-            return f"axis {axis}: a range is min, opt and max"
-        low, opt, high = ends
+        if len(ends) not in (3, 4):
+            return f"axis {axis}: a range is min, opt and max, and a step if it has one"
+        (low, opt, high), step = ends[:3], step_of(ends)
         if low < 1:
             return f"axis {axis}: min must be at least 1"
         if not low <= opt <= high:
             return f"axis {axis}: {low}, {opt}, {high} are not in the order min, opt, max"
         if low == high:
             return f"axis {axis}: min and max are both {low}; give the shape alone"
+        if step < 1:
+            return f"axis {axis}: the step must be at least 1"
+        if uneven := [n for n in (low, opt, high) if n % step]:
+            return f"axis {axis}: {uneven[0]} is no multiple of the step {step}"
         if opt != shape[axis]:
             return f"axis {axis}: opt {opt} is not the {shape[axis]} of the shape"
     if math.prod(ranges[axis][2] if axis in ranges else n for axis, n in enumerate(shape)) > LARGEST:
@@ -71,10 +82,12 @@ def dynamic_fault(shape: Sequence[int], ranges: Mapping[int, Sequence[int]]) -> 
 
 
 def shape_texts(shape: Sequence[int], ranges: Sequence[Sequence[int]]) -> list[str]:
-    """Each dimension as text: ``4``; ``MIN..OPT..MAX`` where it may vary, ``MIN..MAX`` where opt is max."""
+    """Each dimension as text: ``4``; ``MIN..OPT..MAX[/STEP]`` where it may vary, ``MIN..MAX`` where opt is max."""
     shown = [str(n) for n in shape]
-    for axis, low, opt, high in ranges:
-        shown[axis] = f"{low}..{high}" if opt == high else f"{low}..{opt}..{high}"
+    for axis, *ends in ranges:
+        low, opt, high = ends[:3]
+        step = f"/{step_of(ends)}" if step_of(ends) > 1 else ""
+        shown[axis] = f"{low}..{high}{step}" if opt == high else f"{low}..{opt}..{high}{step}"
     return shown
 
 
@@ -132,11 +145,24 @@ class TensorSpec:
         return f"{self.name}={shape}" + ("" if self.dtype == "float32" else f":{self.dtype}")
 
 
+def _sizes(text: str) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+    """Shape and ranges of a text like ``1..4..8x3x192..256/32``."""
+    shape: list[int] = []
+    ranges: dict[int, tuple[int, ...]] = {}
+    for axis, size in enumerate(text.split("x") if text else ()):
+        range_text, _, step = size.partition("/")
+        ends = [int(n) for n in range_text.split("..")]
+        shape.append(ends[-1] if len(ends) < 3 else ends[1])
+        if len(ends) > 1:
+            ranges[axis] = (ends[0], shape[axis], ends[-1], *([int(step)] if step and int(step) != 1 else []))
+    return tuple(shape), ranges
+
+
 def parse_spec(text: str) -> TensorSpec:
     """Read ``NAME=SHAPE[:DTYPE[:LOW..HIGH]]``, as in ``x=1x3x224x224`` or ``ids=1x16:int64:0..31999``.
 
     A dimension may be a range: ``x=1..4..8x3x224x224`` (min, opt, max), or ``x=1..8x3x224x224``, whose opt is the max:
-    a batch is filled up where speed counts.
+    a batch is filled up where speed counts. ``x=1x3x192..224..256/32x224`` takes multiples of 32 alone.
 
     Raises:
         UsageError: any other form, a zero dimension, an unknown dtype, or a range that the dtype does not hold.
@@ -153,9 +179,7 @@ def parse_spec(text: str) -> TensorSpec:
     dtype = match["dtype"] or "float32"
     if dtype not in DTYPES:
         raise unknown("dtype of an input", dtype, DTYPES, where=f"--input {text}")
-    sizes = [] if match["shape"] == "scalar" else [[int(n) for n in d.split("..")] for d in match["shape"].split("x")]
-    shape = tuple(ends[-1] if len(ends) < 3 else ends[1] for ends in sizes)
-    ranges = {axis: (ends[0], shape[axis], ends[-1]) for axis, ends in enumerate(sizes) if len(ends) > 1}
+    shape, ranges = _sizes("" if match["shape"] == "scalar" else match["shape"])
     if 0 in shape:
         raise UsageError("an input has an empty dimension", value=match["shape"], where=f"--input {text}")
     if math.prod(shape) > LARGEST:

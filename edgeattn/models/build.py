@@ -54,7 +54,7 @@ def _mend_torchvision() -> None:
     if _KEPT or "torchvision" in sys.modules or compiled is None or not compiled.is_file():
         return
     try:
-        torch.ops.load_library(compiled)
+        torch.ops.load_library(compiled)  # type: ignore[no-untyped-call]
     except OSError:
         library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):

@@ -48,13 +48,13 @@ class Job:
         return targets.get(self.target).settle(self.options, place)
 
     @property
-    def ranges(self) -> dict[str, dict[int, tuple[int, int, int]]]:
-        """(min, opt, max) of the recipe's dimensions that may vary, by input and axis."""
+    def ranges(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """(min, opt, max), or with a step, of the recipe's dimensions that may vary, by input and axis."""
         inputs = self.resolved.recipe.inputs.items()
-        return {name: {axis: (a, b, c) for axis, a, b, c in spec.ranges} for name, spec in inputs if spec.dynamic}
+        return {name: {axis: tuple(ends) for axis, *ends in spec.ranges} for name, spec in inputs if spec.dynamic}
 
     @property
-    def dynamic(self) -> dict[str, dict[int, tuple[int, int, int]]]:
+    def dynamic(self) -> dict[str, dict[int, tuple[int, ...]]]:
         """The ranges that the export keeps: all of them, or none where the target takes one shape only."""
         return self.ranges if targets.get(self.target).dynamic else {}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeattn.core.errors import CheckFailed, UsageError, unknown
 from edgeattn.core.numerics import TOLERANCES, Array
-from edgeattn.core.specs import Ranges, shape_words
+from edgeattn.core.specs import Ranges, shape_words, step_of
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -54,7 +54,8 @@ class Tensor:
             channels of its pixels are those of a picture turned round; else "".
         pixels: where the artifact takes raw pixels, factor and offset of each channel: the model's input is
             ``factor * pixel + offset``; else empty.
-        dynamic: (axis, min, opt, max) of the dimensions that may vary; ``shape`` has their opt.
+        dynamic: (axis, min, opt, max), and a step if it is not 1, of the dimensions that may vary; ``shape`` has their
+            opt.
     """
 
     name: str
@@ -66,10 +67,10 @@ class Tensor:
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether an array of that shape fits: every dimension within its range, or as it is."""
-        low, high = list(self.shape), list(self.shape)
+        sizes = [range(n, n + 1) for n in self.shape]
         for axis, *ends in self.dynamic:
-            low[axis], _, high[axis] = ends
-        return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+            sizes[axis] = range(ends[0], ends[2] + 1, step_of(ends))
+        return len(shape) == len(sizes) and all(n in fits for n, fits in zip(shape, sizes, strict=True))
 
 
 @dataclass(frozen=True)

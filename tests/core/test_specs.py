@@ -10,9 +10,12 @@ names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,8}", fullmatch=True)
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
 
-#: A dimension: its size, or (min, opt, max) of one that may vary.
-dimensions = st.integers(1, 5) | st.lists(st.integers(1, 9), min_size=3, max_size=3).map(sorted).filter(
-    lambda ends: ends[0] < ends[2]
+ranges = st.lists(st.integers(1, 9), min_size=3, max_size=3).map(sorted).filter(lambda ends: ends[0] < ends[2])
+#: A dimension: its size, or (min, opt, max) of one that may vary, or (min, opt, max, step).
+dimensions = (
+    st.integers(1, 5)
+    | ranges
+    | st.builds(lambda ends, step: [*(n * step for n in ends), step], ranges, st.integers(2, 7))
 )
 
 
@@ -60,6 +63,9 @@ def test_text_of_a_spec_reads_back_as_the_spec(name, shape, dtype):
         ("  x=4  ", TensorSpec("x", (4,))),
         ("x=1..4..8x3", TensorSpec("x", (4, 3), dynamic=((0, 1, 4, 8),))),
         ("x=1..8x3", TensorSpec("x", (8, 3), dynamic=((0, 1, 8, 8),))),
+        ("x=1x64..128/32", TensorSpec("x", (1, 128), dynamic=((1, 64, 128, 128, 32),))),
+        ("x=64..96..128/32x3", TensorSpec("x", (96, 3), dynamic=((0, 64, 96, 128, 32),))),
+        ("x=1..4..8/1x3", TensorSpec("x", (4, 3), dynamic=((0, 1, 4, 8),))),
         ("ids=1..2x4..16:int64:0..9", TensorSpec("ids", (2, 16), "int64", 0, 9, ((0, 1, 2, 2), (1, 4, 16, 16)))),
     ],
 )
@@ -120,7 +126,10 @@ def test_ranges_of_dimensions_that_cannot_be():
     assert dynamic_fault((), {0: (1, 4, 8)}) == "axis 0: the shape has no axis"
     assert dynamic_fault((4, 3), {-1: (1, 3, 8)}) == "axis -1: the shape has axes 0 to 1"
     assert dynamic_fault((4, 3), {1: (1, 4, 8)}) == "axis 1: opt 4 is not the 3 of the shape"
-    assert dynamic_fault((4, 3), {1: (1, 3)}) == "axis 1: a range is min, opt and max"
+    assert dynamic_fault((4, 3), {1: (1, 3)}) == "axis 1: a range is min, opt and max, and a step if it has one"
+    assert dynamic_fault((4, 64), {1: (32, 64, 96, 32)}) is None
+    assert dynamic_fault((4, 64), {1: (48, 64, 96, 32)}) == "axis 1: 48 is no multiple of the step 32"
+    assert dynamic_fault((4, 64), {1: (32, 64, 96, 0)}) == "axis 1: the step must be at least 1"
 
 
 def test_a_shape_with_ranges_in_words():
@@ -128,6 +137,7 @@ def test_a_shape_with_ranges_in_words():
     assert shape_words((4,), ()) == str((4,))
     assert shape_words((), ()) == str(())
     assert shape_words((4, 8), ((0, 1, 4, 8), (1, 2, 8, 8))) == "(1..4..8, 2..8)"
+    assert shape_words((4, 8), ((0, 2, 4, 8, 2), (1, 2, 8, 8, 1))) == "(2..4..8/2, 2..8)"
 
 
 def test_a_range_needs_both_ends():

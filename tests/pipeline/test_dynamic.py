@@ -191,6 +191,17 @@ def test_ranges_are_in_the_keys_where_they_matter(
 SPEC = Tensor("x", (2, 3, 16), "float32", dynamic=((0, 1, 2, 5), (2, 8, 16, 32)))
 
 
+STEPS = Tensor("x", (2, 16), "float32", dynamic=((0, 1, 2, 5), (1, 8, 16, 32, 8)))
+
+
+def test_feeds_in_steps() -> None:
+    check_feeds([STEPS], {"x": np.zeros((3, 24), np.float32)})
+    for size in (0, 12, 40):
+        with pytest.raises(UsageError) as caught:
+            check_feeds([STEPS], {"x": np.zeros((3, size), np.float32)})
+        assert caught.value.why == "the artifact takes (1..2..5, 8..16..32/8) float32"
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16), (1, 3, 8), (5, 3, 32), (1, 3, 31)])
 def test_feeds_within_the_ranges(shape: tuple[int, ...]) -> None:
     check_feeds([SPEC], {"x": torch.zeros(shape).numpy()})

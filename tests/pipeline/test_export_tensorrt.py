@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -279,6 +280,21 @@ def test_inputs_of_several_sizes_become_a_profile(guest: Path, tmp_path: Path) -
     script = (bundle.path / "build.sh").read_text()
     assert "--minShapes=x:1x3x32x32" in script
     assert "--maxShapes=x:4x3x48x32" in script
+
+
+def test_a_step_is_kept_by_the_bundle(guest: Path, tmp_path: Path) -> None:
+    words = {"inputs": ["x=1..2..4x3x32..64/16x32"], "options": {"compute": "8.6"}}
+    bundle = edgeattn.export(f"{guest}:Loud", target="tensorrt", output=tmp_path, **words)
+    assert entry(bundle)["profiles"]["x"]["max"] == [4, 3, 64, 32]
+    assert bundle.manifest.entries["main"].inputs[0].dynamic == ((0, 1, 2, 4), (2, 32, 64, 64, 16))
+    assert bundle.run({"x": np.zeros((3, 3, 48, 32), np.float32)})
+    with pytest.raises(UsageError, match=r"\(1..2..4, 3, 32..64/16, 32\)"):
+        bundle.run({"x": np.zeros((3, 3, 40, 32), np.float32)})
+    np.save(tmp_path / "x.npy", np.zeros((3, 3, 40, 32), np.float32))
+    runner = [sys.executable, bundle.path / "run.py", "--input", f"x={tmp_path / 'x.npy'}"]
+    done = subprocess.run(runner, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "wanted is (1 to 4, 3, 32 to 64 by 16, 32) float32" in done.stderr
 
 
 def test_modelopt_is_never_added_by_itself(

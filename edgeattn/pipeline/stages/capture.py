@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from edgeattn.capture import Program, capture
+from edgeattn.core.specs import step_of
 from edgeattn.pipeline.context import Context
 
 
@@ -14,7 +15,7 @@ def run(context: Context) -> dict[str, Any]:
     """Save the program, and leave it in memory."""
     dynamic, samples = context.job.dynamic, context.golden()
     # torch.export takes a 1 in its example for a constant; the last sample of a dynamic job has the largest shape.
-    ones = any(opt == 1 for axes in dynamic.values() for _, opt, _ in axes.values())
+    ones = any(ends[1] == step_of(ends) for axes in dynamic.values() for ends in axes.values())
     feeds, _ = samples[-1 if ones else 0]
     inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
     outputs = tuple(context.results["reference"].facts["outputs"])

@@ -74,7 +74,7 @@ def entries_of(facts: Mapping[str, Any]) -> dict[str, ArtifactEntry]:
 
 def _tensor(fields: Mapping[str, Any]) -> Tensor:
     pixels = tuple((factor, offset) for factor, offset in fields["pixels"])
-    dynamic = tuple((axis, low, opt, high) for axis, low, opt, high in fields["dynamic"])
+    dynamic = tuple(map(tuple, fields["dynamic"]))
     return Tensor(**{**fields, "shape": tuple(fields["shape"]), "pixels": pixels, "dynamic": dynamic})
 
 

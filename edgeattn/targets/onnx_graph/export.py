@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import rewriter
 
-from edgeattn.capture import Entry
+from edgeattn.capture import Dynamic, Entry
 from edgeattn.core.errors import ConversionFailed
 from edgeattn.targets.base import Tensor
 
@@ -146,16 +146,21 @@ def tidy(model: ir.Model, metadata: dict[str, str]) -> None:
         value.metadata_props.clear()
 
 
-def tensors(values: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]] | None = None) -> tuple[Tensor, ...]:
+def tensors(
+    values: Any, shapes: Mapping[str, Sequence[tuple[int, ...]]] | None = None, dynamic: Dynamic | None = None
+) -> tuple[Tensor, ...]:
     """A graph's inputs or outputs as an artifact's.
 
     Args:
         shapes: where dimensions vary, the shapes by name that were met, the usual one first.
+        dynamic: the ranges of inputs, which have a step if they need one.
     """
     found = []
     for value in values:
         name, dtype = str(value.name), str(value.dtype.numpy()) if value.dtype else "float32"
         met = (shapes or {}).get(name) or [tuple(int(n) for n in value.shape)]
         sizes = [(i, min(each), each[0], max(each)) for i, each in enumerate(zip(*met, strict=True))]
-        found.append(Tensor(name, met[0], dtype, dynamic=tuple(size for size in sizes if size[1] != size[3])))
+        given = (dynamic or {}).get(name, {})
+        ranges = tuple((*size, *given.get(size[0], ())[3:]) for size in sizes if size[1] != size[3])
+        found.append(Tensor(name, met[0], dtype, dynamic=ranges))
     return tuple(found)

@@ -219,7 +219,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         builder = Builder(out / file, flavour)
         note["network"] = builder.parse()
         shapes = _shapes(model, entry, plan)
-        inputs = tensors(model.graph.inputs, shapes)
+        inputs = tensors(model.graph.inputs, shapes, entry.dynamic)
         profiles = _profiles(inputs)
         note["profiles"] = {n: dict(zip(("min", "opt", "max"), map(list, s), strict=True)) for n, s in profiles.items()}
         note["parser"] = {"distribution": builder.distribution, "version": builder.version}
