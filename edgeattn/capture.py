@@ -424,12 +424,12 @@ def _check_steps(
         if not _join([refused[1]], axes, leaders):
             break
     sizes, why = refused
-    at = next(place for place in free if sizes[place] != usual[place])
+    at = next((place for place in free if sizes[place] != usual[place]), next(iter(free)))
     (low, opt, high), step = axes[at][:3], step_of(axes[at])
     taken = [n for n in every[at] if not refusal(usual | {at: n}, leaders)]
     fix, multiple = _NOT_DYNAMIC, math.gcd(*taken)
     if 1 < len(taken) < len(every[at]) and taken == list(range(taken[0], taken[-1] + 1, multiple)):
-        fix = f"it takes {taken[0]}..{opt}..{taken[-1]}/{multiple}"
+        fix = f"it takes {taken[0]}..{min(max(opt, taken[0]), taken[-1])}..{taken[-1]}/{multiple}"
     named = _DIM.sub(lambda match: f"(axis {match[2]} of {order[int(match[1])]})", why)
     raise ConversionFailed(
         "a dimension of an input cannot vary",

@@ -259,7 +259,7 @@ def test_a_jetson_builds_its_engine_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"compute": "8.7"}, "unknown choice of option compute"),
+        ({"compute": "8.7"}, "flavour=full"),
         ({"compute": "8.6", "flavour": "full"}, "builds for the GPU that it runs on"),
         ({"strip": "yes"}, "stripped plan"),
     ],

@@ -7,6 +7,7 @@ the bundle carries the graph, ``build.sh`` and a runner that builds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -71,7 +72,10 @@ class TensorRTTarget(Target):
         computes = [one for one in options.get("compute", "").replace(",", "+").split("+") if one]
         for one in computes:
             if one not in self.options["compute"]:
-                raise unknown("choice of option compute", one, self.options["compute"], where=f"target {self.name}")
+                error = unknown("choice of option compute", one, self.options["compute"], where=f"target {self.name}")
+                if re.fullmatch(r"\d+\.\d", one) and float(one) >= 8:
+                    error.fix = "TensorRT for RTX has none for it: try -O compute=portable, or -O flavour=full on it"
+                raise error
         settled = super().settle({k: v for k, v in options.items() if k != "compute"}, device)
         if device is not None and device.flavour and "flavour" not in options:
             settled["flavour"] = device.flavour

@@ -68,13 +68,15 @@ def _quantized(
             why="the graph has no convolution or matrix product with constant weights",
             fix="--precision fp16",
         )
-    near, worst = _NEAR * TOLERANCES[plan.precision], 0.0
+    near, worst, where = _NEAR * TOLERANCES[plan.precision], 0.0, ""
     for count in sorted({min(round(len(loud) * part / _PARTS), len(loud) - 1) for part in range(_PARTS)}):
         without = set(loud[:count])
         quantized = calibration.apply(model, without)
         outputs = [outputs_of(quantized, feeds) for feeds in plan.samples]
         pairs = zip(references, outputs, strict=True)
-        worst = max(compare(value, ours[name]).relative_l2 for wanted, ours in pairs for name, value in wanted.items())
+        worst, where = max(
+            (compare(value, ours[name]).relative_l2, name) for wanted, ours in pairs for name, value in wanted.items()
+        )
         if worst <= near:
             return quantized, {
                 "numbers": NUMBERS[plan.precision].name,
@@ -84,7 +86,7 @@ def _quantized(
             }
     raise CheckFailed(
         f"the model does not hold in {plan.precision}",
-        value=f"relative L2 {worst:.3g} with {len(loud) - count} of {len(loud)} weighted operations quantized",
+        value=f"relative L2 {worst:.3g} on output {where}, {len(loud) - count} of {len(loud)} operations quantized",
         why=f"{near:g} is wanted on the samples, which leaves a fifth of what verification allows",
         fix="--precision fp16",
     )
