@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import edgeattn
 from edgeattn.bundle import Bundle
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,14 +57,17 @@ def test_verify_json(edgeattn_cli: Cli, digits: Bundle) -> None:
     assert result["numerics"]["golden/main-000.npz"]["logits"]["relative_l2"] <= 1e-5
 
 
-def test_plan_before_and_after(edgeattn_cli: Cli, digits: Bundle, tmp_path: Path) -> None:
-    cached = json.loads(edgeattn_cli("plan", "fmvit-digits", "--json").stdout)
-    assert [s["cached"] for s in cached["stages"]] == [True] * 7 + [False]
-    fresh = json.loads(edgeattn_cli("plan", "fmvit-digits", "--json", EDGEATTN_CACHE=str(tmp_path)).stdout)
-    assert not any(s["cached"] for s in fresh["stages"])
-    half = json.loads(edgeattn_cli("plan", "fmvit-digits", "-p", "fp16", "--json").stdout)
-    assert [s["cached"] for s in half["stages"]] == [True] * 5 + [False] * 3
-    assert list(tmp_path.iterdir()) == []
+def test_plan_before_and_after(edgeattn_cli: Cli, own_cache: Path, tmp_path: Path) -> None:
+    def cached(*words: str) -> list[bool]:
+        return [
+            s["cached"] for s in json.loads(edgeattn_cli("plan", "fmvit-digits", "--json", *words).stdout)["stages"]
+        ]
+
+    assert cached() == [False] * 8
+    assert not own_cache.exists()
+    edgeattn.export("fmvit-digits", output=tmp_path)
+    assert cached() == [True] * 7 + [False]
+    assert cached("-p", "fp16") == [True] * 5 + [False] * 3
 
 
 def test_reparam_shows_every_block_and_what_was_not_fused(edgeattn_cli: Cli, tmp_path: Path) -> None:
