@@ -257,6 +257,13 @@ def _export_ranges(
                 graph = exporter(model, args, dynamic_shapes=shapes)
             except Exception as error:
                 lines = [line.strip(" -\t") for line in str(error).splitlines()]
+                if "Cannot create Dim" in str(error):  # torch's words for a range that the model narrows to one size
+                    raise ConversionFailed(
+                        "a dimension of an input cannot vary",
+                        where=" or ".join(f"input {order[i]}, axis {axis}" for i, axis in axes),
+                        why="of the sizes in its range the model takes one at most",
+                        fix=_NOT_DYNAMIC,
+                    ) from error
                 if not any(map(_places, lines)):
                     raise
                 if not _join(lines, axes, leaders):
@@ -334,7 +341,8 @@ def _advice(reasons: list[str], ends: tuple[int, ...]) -> str:
         return (
             f"{_NOT_DYNAMIC}; where it takes the multiples of a number alone, give that as the step: MIN..OPT..MAX/STEP"
         )
-    low, opt, high = (-(-ends[0] // step) * step, round(ends[1] / step) * step, ends[2] // step * step)
+    low, high = -(-ends[0] // step) * step, ends[2] // step * step
+    opt = min(max(round(ends[1] / step) * step, low), high)
     return f"it takes multiples of {step} alone; say so with a step: {low}..{opt}..{high}/{step}"
 
 

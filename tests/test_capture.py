@@ -239,6 +239,8 @@ def test_a_step_that_several_inputs_share():
     [
         ((8, 16, 32), "it takes multiples of 4 alone; say so with a step: 8..16..32/4"),
         ((7, 16, 33), "it takes multiples of 4 alone; say so with a step: 8..16..32/4"),
+        ((5, 5, 33), "it takes multiples of 4 alone; say so with a step: 8..8..32/4"),
+        ((15, 16, 17), "remove the range"),
         ((6, 16, 32, 2), "it takes 8..16..32/4"),
         ((6, 6, 32, 2), "it takes 8..8..32/4"),
         ((12, 24, 48, 3), "it takes 12..24..48/12"),

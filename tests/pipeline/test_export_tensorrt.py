@@ -287,7 +287,8 @@ def test_a_step_is_kept_by_the_bundle(guest: Path, tmp_path: Path) -> None:
     bundle = edgeattn.export(f"{guest}:Loud", target="tensorrt", output=tmp_path, **words)
     assert entry(bundle)["profiles"]["x"]["max"] == [4, 3, 64, 32]
     assert bundle.manifest.entries["main"].inputs[0].dynamic == ((0, 1, 2, 4), (2, 32, 64, 64, 16))
-    assert bundle.run({"x": np.zeros((3, 3, 48, 32), np.float32)})
+    (logits,) = bundle.run({"x": np.zeros((3, 3, 48, 32), np.float32)}).values()
+    assert logits.shape == (3, 5)
     with pytest.raises(UsageError, match=r"\(1..2..4, 3, 32..64/16, 32\)"):
         bundle.run({"x": np.zeros((3, 3, 40, 32), np.float32)})
     np.save(tmp_path / "x.npy", np.zeros((3, 3, 40, 32), np.float32))
