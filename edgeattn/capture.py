@@ -260,6 +260,7 @@ def _export_ranges(
                 if "Cannot create Dim" in str(error):  # torch's words for a range that the model narrows to one size
                     raise ConversionFailed(
                         "a dimension of an input cannot vary",
+                        value=" or ".join(f"{ends[0]} to {ends[2]}" for ends in axes.values()),
                         where=" or ".join(f"input {order[i]}, axis {axis}" for i, axis in axes),
                         why="of the sizes in its range the model takes one at most",
                         fix=_NOT_DYNAMIC,
