@@ -86,7 +86,7 @@ def _quantized(
             }
     raise CheckFailed(
         f"the model does not hold in {plan.precision}",
-        value=f"relative L2 {worst:.3g} on output {where}, {len(loud) - count} of {len(loud)} operations quantized",
+        value=f"relative L2 {worst:.3g} on {where}, {len(loud) - count} of {len(loud)} operations quantized",
         why=f"{near:g} is wanted on the samples, which leaves a fifth of what verification allows",
         fix="--precision fp16",
     )
