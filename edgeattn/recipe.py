@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -142,6 +142,59 @@ class Heldout(schema.Strict):
     golden: int = Field(default=4, ge=1, le=64)
 
 
+class Keep(schema.Strict):
+    """Modules that stay in a higher precision than the one asked for.
+
+    Attributes:
+        modules: dotted paths of the deploy form, or globs of them; what is inside a module is meant with it.
+        at: ``float``, or ``w8`` for weights in 8 bits with data in floats.
+        precisions, targets: where that holds; everywhere if empty.
+        why: found by what; a sentence for the user.
+    """
+
+    modules: tuple[str, ...] = Field(min_length=1)
+    at: Literal["float", "w8"] = "float"
+    precisions: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    why: str = ""
+
+
+class Quantization(schema.Strict):
+    """How the model is quantized, where a precision asks for it.
+
+    Attributes:
+        group: weights in 4 bits that share a scale. observer: how ranges of activations are chosen, see
+            ``quant.observe.METHODS``.
+        equalize: even out the ranges of channels between two layers first. correct: put the mean error of rounded
+            weights into the biases.
+    """
+
+    group: Literal[32, 64, 128] = 32
+    observer: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    equalize: bool = True
+    correct: bool = True
+    keep: tuple[Keep, ...] = ()
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _tables(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class CalibrationSpec(schema.Strict):
+    """What ranges of activations are measured on.
+
+    Attributes:
+        source: a folder of images, a .npy or .npz file, or ``package.module:function`` (``file.py:function``) that
+            yields samples; relative to the recipe.
+        samples: at most so many are used, a subset drawn with ``seed`` where there are more.
+    """
+
+    source: str = Field(min_length=1)
+    samples: int = Field(default=128, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
 class Recipe(schema.Strict):
     """A model, its inputs and outputs, and what its exports are scored on.
 
@@ -159,6 +212,8 @@ class Recipe(schema.Strict):
     labels: tuple[str, ...] = ()
     author: str = ""
     heldout: Heldout | None = None
+    calibration: CalibrationSpec | None = None
+    quant: Quantization = Field(default_factory=Quantization)
 
     @field_validator("name")
     @classmethod

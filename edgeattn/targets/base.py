@@ -6,7 +6,7 @@ A target's own module must import without its toolchain and without torch; it re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from edgeattn.core.errors import CheckFailed, UsageError, unknown
 from edgeattn.core.numerics import TOLERANCES, Array
 from edgeattn.core.specs import Ranges, shape_words, step_of
+from edgeattn.quant.plan import QuantPlan
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -113,6 +114,9 @@ class LowerPlan:
         options: all of the target's options, see ``Target.settle``.
         preprocess: the recipe's, for artifacts that take raw pixels. labels: the recipe's names of the classes.
         strict: refuse to keep operations in a wider precision than the one asked for.
+        quant: which module is stored in how many bits.
+        calibration: feeds that ranges of activations are measured on; may be gone through again and again, and is
+            never held in memory as a whole. Empty where nothing is measured.
     """
 
     precision: str
@@ -124,6 +128,8 @@ class LowerPlan:
     preprocess: Preprocess | None = None
     labels: Sequence[str] = ()
     strict: bool = False
+    quant: QuantPlan = field(default_factory=lambda: QuantPlan("fp32"))
+    calibration: Iterable[Mapping[str, Array]] = ()
 
     def allow(self, kept: Sequence[Mapping[str, str]]) -> None:
         """Whether these operations may stay in a wider precision.
