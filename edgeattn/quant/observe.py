@@ -105,8 +105,8 @@ class Observer:
         return min(tried, key=lambda ends: _error(counts, centres, ends, bits))
 
     def scale(self, bits: int = 8) -> float:
-        """The step between the levels of signed integers that are symmetric around 0; 1 if nothing but zeros was seen."""
-        levels = 2 ** (bits - 1) - 1
+        """The step between the levels of signed integers that are symmetric around 0; 1 where all is 0."""
+        levels: int = 2 ** (bits - 1) - 1
         peak = max(-self.lowest, self.highest)
         if not peak:
             return 1.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from edgeattn.recipe import Keep, Quantization
+if TYPE_CHECKING:
+    from edgeattn.recipe import Keep, Quantization
 
 #: Bits of weights and of activations, by precision; 32 stands for floats, whatever their width.
 BITS: dict[str, tuple[int, int]] = {"w8a8": (8, 8), "w8": (8, 32), "w4": (4, 32), "fp8": (8, 8)}
