@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
@@ -21,6 +22,7 @@ from pydantic import (
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_data, sha256_file
+from edgeattn.core.numerics import Array
 from edgeattn.core.specs import DTYPES, LARGEST, Ranges, TensorSpec, dynamic_fault, parse_spec, range_fault
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -128,6 +130,17 @@ class Preprocess(schema.Strict):
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+
+
+def preprocessed(raw: Array, preprocess: Preprocess | None) -> Array:
+    """Raw values (N, C, ...) as the model takes them, in float32."""
+    values = raw.astype(np.float32)
+    if preprocess is None:
+        return values
+    per_channel = (1, -1) + (1,) * (values.ndim - 2)
+    mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (preprocess.mean, preprocess.std))
+    scaled: Array = (values * np.float32(preprocess.scale) - mean) / std
+    return scaled
 
 
 class Heldout(schema.Strict):
@@ -256,6 +269,8 @@ class Resolved(schema.Strict):
         folder: where relative factory paths are looked up.
         checkpoint, heldout: the files and the SHA-256 of their bytes.
         unscored: why the recipe's held-out samples are not used, if they are not.
+        calibration: where the calibration samples come from, a path made absolute. calibration_sha256: of a file's
+            bytes, or of the names, sizes and times of a folder's files; None where a function of a module yields them.
     """
 
     recipe: Recipe
@@ -265,6 +280,8 @@ class Resolved(schema.Strict):
     heldout: str | None = None
     heldout_sha256: str | None = None
     unscored: str | None = None
+    calibration: str | None = None
+    calibration_sha256: str | None = None
 
     @property
     def random_weights(self) -> bool:
@@ -278,6 +295,8 @@ class Resolved(schema.Strict):
         content["model"]["checkpoint"] = self.checkpoint_sha256
         if content["heldout"]:
             content["heldout"]["file"] = self.heldout_sha256
+        if content["calibration"] and self.calibration_sha256:
+            content["calibration"]["source"] = self.calibration_sha256
         return sha256_data(content)
 
     @property
@@ -300,6 +319,22 @@ def _file_of(folder: Path, name: str, key: str, where: str) -> tuple[str, str]:
     if not path.is_file():
         raise UsageError("a file is missing", value=str(path), where=f"{where}, {key}", fix="correct the path")
     return str(path), sha256_file(path)
+
+
+def _calibration_of(folder: Path, source: str, where: str) -> tuple[str, str | None]:
+    """Where calibration samples are, absolute, and a digest that changes with them."""
+    file, colon, function = source.rpartition(":")
+    if colon and file.endswith(".py"):
+        path, digest = _file_of(folder, file, "calibration.source", where)
+        return f"{path}:{function}", digest
+    path = (folder / source).resolve()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return str(path), sha256_data(stats)
+    if colon and not path.exists():
+        return source, None
+    return _file_of(folder, source, "calibration.source", where)
 
 
 def _factories(file: Path) -> list[str]:
@@ -358,6 +393,8 @@ def resolve(
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: Path | None = None,
     args: Mapping[str, Any] | None = None,
+    calibration: CalibrationSpec | None = None,
+    keep: Sequence[str] = (),
 ) -> Resolved:
     """Find the recipe that ``text`` names and the files that it needs.
 
@@ -367,6 +404,8 @@ def resolve(
         inputs: replace the recipe's inputs of the same names; needed for models from outside.
         checkpoint: takes the place of the recipe's checkpoint.
         args: added to the factory's arguments.
+        calibration: takes the place of the recipe's; its source is relative to the current folder.
+        keep: modules that stay in floats, beside those of the recipe.
 
     Raises:
         UsageError: nothing of that name (with the closest), an invalid recipe, or a file that is missing.
@@ -409,6 +448,11 @@ def resolve(
     model = recipe.model.model_copy(update={"args": {**recipe.model.args, **(args or {})}})
     own = recipe.inputs
     recipe = recipe.model_copy(update={"inputs": {**own, **given}, "model": model})
+    if keep:
+        asked = Keep(modules=tuple(keep), why="asked for on the command line")
+        recipe = recipe.model_copy(
+            update={"quant": recipe.quant.model_copy(update={"keep": (*recipe.quant.keep, asked)})}
+        )
     found: dict[str, str] = {}
     if checkpoint is not None:
         found["checkpoint"], found["checkpoint_sha256"] = _file_of(Path.cwd(), str(checkpoint), "--checkpoint", "here")
@@ -421,4 +465,30 @@ def resolve(
         found["unscored"] = f"the recipe's held-out samples are not of shape {given[first].shape[1:]}"
     if recipe.heldout:
         found["heldout"], found["heldout_sha256"] = _file_of(folder, recipe.heldout.file, "heldout.file", where)
+    base, key = folder, where
+    if calibration is not None:
+        recipe, base, key = recipe.model_copy(update={"calibration": calibration}), Path.cwd(), "--calibration"
+    if recipe.calibration:
+        source, digest = _calibration_of(base, recipe.calibration.source, key)
+        found["calibration"] = source
+        if digest:
+            found["calibration_sha256"] = digest
     return Resolved(recipe=recipe, folder=str(folder), **found)
+
+
+def with_samples(resolved: Resolved, samples: int) -> Resolved:
+    """The recipe with another number of calibration samples.
+
+    Raises:
+        UsageError: it has none, or the number is none.
+    """
+    if resolved.recipe.calibration is None:
+        raise UsageError(
+            "the recipe has no calibration samples",
+            value=f"--samples {samples}",
+            where=resolved.recipe.name,
+            fix="--calibration FOLDER, FILE.npz or package.module:function",
+        )
+    fields = {**resolved.recipe.calibration.model_dump(), "samples": samples}
+    spec = schema.validate(CalibrationSpec, fields, "the command line")
+    return resolved.model_copy(update={"recipe": resolved.recipe.model_copy(update={"calibration": spec})})

@@ -140,8 +140,8 @@ def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = threads
+            options.log_severity_level, options.intra_op_num_threads = 3, threads
+            options.add_session_config_entry("session.disable_quant_qdq", str(int(part["precision"] in ("w8", "w4"))))
             session = onnxruntime.InferenceSession(place(spec["file"]), options, providers=["CPUExecutionProvider"])
             return lambda feeds: dict(zip(names, session.run(names, feeds))), f"{name} {onnxruntime.__version__}"  # noqa: B905
         if not name:

@@ -17,6 +17,9 @@ _JOB: tuple[Callable[..., Any], ...] = (
     click.option("--device", "-d", help="The device it is for; see edgeattn devices."),
     click.option("--option", "-O", "options", multiple=True, metavar="NAME=CHOICE", help="Of the target; see targets."),
     click.option("--strict", is_flag=True, help="Refuse to keep operations in float32 that the precision would break."),
+    click.option("--calibration", metavar="SOURCE", help="Images, .npy, .npz or module:function to measure on."),
+    click.option("--samples", type=int, help="Calibration samples at most. [default: the recipe's, or 128]"),
+    click.option("--keep", multiple=True, metavar="MODULE", help="A module, or a glob of them, that stays in floats."),
     click.option("--layout", default="nchw", show_default=True, help="Of image inputs: nchw as in PyTorch, or nhwc."),
 )
 

@@ -125,6 +125,14 @@ def _next(bundle: Bundle) -> list[str]:
     return lines
 
 
+def _quantized_words(quantized: dict[str, Any]) -> str:
+    """How much of a graph is stored in small numbers, and what is not."""
+    count, left = len(quantized["operations"]), len(quantized["left_in_floats"])
+    words = f"{count} of {count + left} convolutions and matrix products in {quantized['numbers']}"
+    modules = [m or "(model)" for m in quantized.get("modules_in_floats", ())]
+    return f"{words}; in floats: {', '.join(modules[:4])}{' …' if len(modules) > 4 else ''}" if modules else words
+
+
 def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: str) -> None:
     """What was proven of one artifact, and what lint found."""
     from rich.markup import escape
@@ -148,6 +156,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
             f"PyTorch {task['reference_accuracy']:.2%} ({task['reference_correct']}); "
             f"top-1 agreement {task['top1_agreement']:.2%}",
         )
+    for line in info.facts.get("quantize", {}).get("words", ()):
+        facts.add_row(f"calibration{which}", escape(line))
     for name, entry in info.facts.get("entries", {}).items():
         kept = entry.get("kept_in_fp32")
         if kept is not None:
@@ -157,12 +167,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
             )
             facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
         if quantized := entry.get("quantized"):
-            count, left = len(quantized["operations"]), len(quantized["left_in_floats"])
-            facts.add_row(
-                f"quantized ({escape(name)})",
-                f"{count} of {count + left} weighted operations in {quantized['numbers']}, scales from "
-                f"{quantized['calibrated_on']}",
-            )
+            facts.add_row(f"quantized ({escape(name)})", escape(_quantized_words(quantized)))
         if built := entry.get("engines"):
             each = [f"{e['compute_capability']} {size(e['bytes'])} in {e['seconds']:.1f} s" for e in built]
             made = f"TensorRT for RTX {built[0]['tensorrt']}: {', '.join(each)}"

@@ -12,6 +12,7 @@ from edgeattn import device as devices
 from edgeattn import recipe as recipes
 from edgeattn import targets
 from edgeattn.bundle import Bundle
+from edgeattn.core import schema
 from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError
 from edgeattn.core.files import check_writable
 from edgeattn.core.numerics import TOLERANCES
@@ -22,6 +23,7 @@ from edgeattn.pipeline.pack import pack
 from edgeattn.pipeline.plan import bundle_key, check_choice, sources_key
 from edgeattn.pipeline.rivals import choose
 from edgeattn.pipeline.run import Finished, Progress, Silent, run_plan
+from edgeattn.quant.plan import BITS
 from edgeattn.targets.base import NCHW
 
 
@@ -44,6 +46,25 @@ class Exported:
         return sum(run.seconds for run in self.runs.values())
 
 
+def _check_quantizes(precision: str, **asked: Any) -> None:
+    """Raises UsageError where something is asked for that only a quantized export has."""
+    given = [f"--{name}" for name, value in asked.items() if value]
+    if given and precision not in BITS:
+        raise UsageError(
+            "nothing is quantized",
+            value=", ".join(given),
+            where=f"--precision {precision}",
+            fix=f"--precision {', '.join(BITS)}; or leave it away",
+        )
+
+
+def _calibration(source: str | None, samples: int | None) -> recipes.CalibrationSpec | None:
+    if source is None:
+        return None
+    fields = {"source": source} | ({} if samples is None else {"samples": samples})
+    return schema.validate(recipes.CalibrationSpec, fields, "the command line")
+
+
 def make_job(
     model: str,
     *,
@@ -56,12 +77,17 @@ def make_job(
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    keep: Sequence[str] = (),
     check_tools: bool = True,
 ) -> Job:
     """Resolve names to a job; everything that can be wrong without running anything is said here.
 
     Args:
         target: the device's best where none is given, else ``onnx``.
+        calibration: source of calibration samples in place of the recipe's. samples: how many of them.
+        keep: modules that stay in floats.
         check_tools: refuse a target whose toolchain is missing; a plan may be looked at without it.
 
     Raises:
@@ -75,9 +101,17 @@ def make_job(
             why="stages run in a process of their own, which has to build the model itself",
             fix="pass 'package.module:factory' or 'file.py:factory' instead of the module",
         )
+    _check_quantizes(precision, calibration=calibration, samples=samples, keep=keep)
     resolved = recipes.resolve(
-        model, inputs=inputs, checkpoint=None if checkpoint is None else Path(checkpoint), args=args
+        model,
+        inputs=inputs,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        args=args,
+        calibration=_calibration(calibration, samples),
+        keep=keep,
     )
+    if samples is not None and calibration is None:
+        resolved = recipes.with_samples(resolved, samples)
     place = devices.resolve(device) if device else None
     target = target or (place.targets[0] if place else "onnx")
     chosen = targets.get(target)
@@ -94,7 +128,8 @@ def make_job(
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
     asked = dict(options or {})
-    settled = chosen.settle(asked, place)
+    settled = chosen.settle(asked, place, precision)
+    # Without the precision: one that the device is too old for is refused unless something is asked for.
     plain = chosen.settle({}, place)
     options = {name: choice for name, choice in asked.items() if settled[name] != plain[name]}
     return Job(resolved, target, precision, device, layout, options, strict)
@@ -164,6 +199,9 @@ def export(
     inputs: Sequence[str | TensorSpec] = (),
     checkpoint: str | Path | None = None,
     args: Mapping[str, Any] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    keep: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -177,6 +215,8 @@ def export(
         options: of the target, see ``edgeattn targets``.
         strict: refuse to keep operations in a wider precision than the one asked for.
         inputs: ``x=1x3x224x224`` texts or ``TensorSpec`` objects.
+        calibration: a folder of images, a .npy or .npz file or ``package.module:function``, for precisions that
+            quantize. samples: how many of them at most. keep: modules that stay in floats, as dotted paths or globs.
         force: replace what stands at the bundle's place.
 
     Returns:
@@ -196,5 +236,8 @@ def export(
         inputs=inputs,
         checkpoint=checkpoint,
         args=args,
+        calibration=calibration,
+        samples=samples,
+        keep=keep,
     )
     return export_job(job, Path(output), force=force, progress=progress).bundle

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeattn import device as devices
 from edgeattn import targets
+from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Resolved
 from edgeattn.targets.base import NCHW
 
@@ -45,7 +46,12 @@ class Job:
     def settled(self) -> dict[str, str]:
         """All of the target's options, see ``Target.settle``."""
         place = devices.resolve(self.device) if self.device else None
-        return targets.get(self.target).settle(self.options, place)
+        return targets.get(self.target).settle(self.options, place, self.precision)
+
+    @property
+    def quant(self) -> QuantPlan:
+        """Which module is stored in how many bits."""
+        return QuantPlan.of(self.resolved.recipe.quant, self.precision, self.target)
 
     @property
     def ranges(self) -> dict[str, dict[int, tuple[int, ...]]]:

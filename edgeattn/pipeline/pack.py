@@ -49,7 +49,7 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
         "tools": versions,
         "numerics": {"reference": reference, **verified["numerics"]},
         "task": verified["task"],
-        "facts": lowered["artifact"],
+        "facts": lowered["artifact"] | ({"quantize": run.records["quantize"].facts} if job.quant.quantizes else {}),
         "lint": (*run.records["lint"].facts["findings"], *lowered["findings"]),
     }
 

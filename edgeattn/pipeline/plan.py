@@ -71,7 +71,7 @@ def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
     """All stages up to ``upto`` in order. Reads files and package metadata only."""
     keys: dict[str, str] = {}
     planned = []
-    for stage in STAGES:
+    for stage in (s for s in STAGES if s.applies(job)):
         content: dict[str, Any] = {
             "stage": stage.name,
             "config": stage.config(job),
@@ -79,7 +79,7 @@ def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
             "tools": tools.versions(stage.tools(job)),
             "python": ".".join(platform.python_version_tuple()[:2]),
             "host": tools.host(),
-            "needs": {name: keys[name] for name in stage.needs},
+            "needs": {name: keys[name] for name in stage.needs if name in keys},
         }
         known = True
         if stage.name == "build":

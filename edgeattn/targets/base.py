@@ -321,11 +321,14 @@ class Target(ABC):
     def precisions(self, device: Device | None) -> tuple[str, ...]:
         """Precisions that this target can hold on ``device`` (anywhere, when None)."""
 
-    def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
-        """All options with a choice for each: what was asked for, what the device implies, else the default.
+    def settle(self, options: Mapping[str, str], device: Device | None, precision: str = "") -> dict[str, str]:
+        """All options with a choice for each: what was asked for, what device and precision imply, else the default.
+
+        Args:
+            precision: the one that is wanted; "" where it does not matter yet.
 
         Raises:
-            UsageError: an option or a choice that there is none of.
+            UsageError: an option or a choice that there is none of, or that the precision cannot do with.
         """
         for name, choice in options.items():
             where = f"target {self.name}"

@@ -1,7 +1,7 @@
 """The stages of an export: what each depends on. Their code is in the modules beside, imported by the worker only.
 
 recipe -> build -> reference
-               \\-> reparameterize -> capture -> lint -> lower -> verify -> bundle
+               \\-> reparameterize -> capture -> lint -> (quantize) -> lower -> verify -> bundle
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Stage:
         code: files and folders of the package whose bytes are the stage's code version.
         tools: distributions whose versions can change the result.
         config: the part of the job that can change the result, as plain data.
+        applies: whether a job has this stage at all.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     code: Callable[[Job], tuple[str, ...]]
     tools: Callable[[Job], tuple[str, ...]]
     config: Callable[[Job], dict[str, Any]]
+    applies: Callable[[Job], bool] = lambda job: True
 
 
 def _build_config(job: Job) -> dict[str, Any]:
@@ -67,6 +69,20 @@ def _lint_config(job: Job) -> dict[str, Any]:
     place = devices.resolve(job.device) if job.device else None
     fixed = {} if job.dynamic else job.ranges
     return {"target": job.target, "runtime": job.runtime, "chip": place.chip if place else None, "fixed": fixed}
+
+
+def _quantize_config(job: Job) -> dict[str, Any]:
+    """Not of the target: what a plan keeps in floats for it does not change the samples."""
+    resolved = job.resolved
+    quant = job.quant
+    return {
+        "precision": job.precision,
+        "quant": resolved.recipe.quant.model_dump(mode="json", exclude={"keep"}),
+        "keep": [k.model_dump(mode="json") for k in quant.keep],
+        "calibration": resolved.recipe.calibration and resolved.recipe.calibration.model_dump(mode="json"),
+        "source": resolved.calibration_sha256 or resolved.calibration,
+        "preprocess": resolved.recipe.preprocess and resolved.recipe.preprocess.model_dump(mode="json"),
+    }
 
 
 def _lower_config(job: Job) -> dict[str, Any]:
@@ -142,9 +158,17 @@ STAGES = (
         _lint_config,
     ),
     Stage(
+        "quantize",
+        ("capture", "reparameterize", "reference", "lint"),
+        lambda job: ("core", "quant", "pipeline/stages/quantize.py"),
+        lambda job: ("torch", "numpy"),
+        _quantize_config,
+        lambda job: job.quant.quantizes,
+    ),
+    Stage(
         "lower",
-        ("capture", "reference", "lint"),
-        lambda job: ("core", "pipeline/stages/lower.py", *_target_code(job)),
+        ("capture", "reference", "lint", "quantize"),
+        lambda job: ("core", "quant", "pipeline/stages/lower.py", *_target_code(job)),
         lambda job: targets.get(job.target).lower_tools(job.precision),
         _lower_config,
     ),
@@ -157,7 +181,7 @@ STAGES = (
     ),
     Stage(
         "bundle",
-        ("verify", "lower", "lint", "reference", "reparameterize"),
+        ("verify", "lower", "lint", "reference", "reparameterize", "quantize"),
         lambda job: ("core", "bundle", "pipeline/export.py"),
         lambda job: ("edgeattn",),
         _bundle_config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import edgeattn
@@ -43,8 +44,14 @@ def run(context: Context) -> dict[str, Any]:
         recipe.preprocess,
         recipe.labels,
         job.strict,
+        job.quant,
+        samples,
     )
-    artifact = target.lower(context.value("capture"), plan, context.out)
+    program = context.value("capture")
+    if job.quant.quantizes:
+        quantized = context.value("quantize")
+        program, plan = quantized.program, replace(plan, calibration=quantized.samples)
+    artifact = target.lower(program, plan, context.out)
     gate(list(artifact.findings))
     return {
         "entries": {

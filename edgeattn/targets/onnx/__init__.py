@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
     from edgeattn.device import Device
 
 
+#: Choices of ``weight_range``: int8 weights of all 8 bits, or of 7, which no CPU's kernels saturate with.
+FULL, REDUCED = "full", "reduced"
+#: Extensions of x86 CPUs, as /proc/cpuinfo names them, that add products of 8 bits without saturation.
+_VNNI = ("avx_vnni", "avx512_vnni", "amx_int8")
+
+
+def _saturates(machine: str, extensions: Sequence[str]) -> bool:
+    """Whether ONNX Runtime's int8 kernels may saturate on such a CPU, so that they lose what 8 bits could hold."""
+    return machine not in ("aarch64", "arm64") and not set(_VNNI) & set(extensions)
+
+
+def _extensions() -> list[str]:
+    """Of this machine's CPU, as Linux names them; none are known elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+
+
 class OnnxTarget(Target):
     """Lowers with ``torch.onnx`` (opset 20), runs with ONNX Runtime's CPU provider."""
 
@@ -23,6 +44,7 @@ class OnnxTarget(Target):
     device_runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     keeps_wider: ClassVar[bool] = True
     half_activations: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL)}
 
     def availability(self) -> Availability:
         """Found when every package is installed; the versions are the detail."""
@@ -33,8 +55,15 @@ class OnnxTarget(Target):
         return Availability(True, ", ".join(f"{name} {version}" for name, version in found.items()))
 
     def precisions(self, device: Device | None) -> tuple[str, ...]:
-        """fp32, and fp16 storage with whatever would overflow kept in fp32."""
-        return ("fp32", "fp16")
+        """fp32; fp16 storage with whatever would overflow kept in fp32; small weights; int8 weights and data."""
+        return ("fp32", "fp16", "w8a8", "w8", "w4")
+
+    def settle(self, options: Mapping[str, str], device: Device | None, precision: str = "") -> dict[str, str]:
+        """See ``Target.settle``; on a device whose kernels do not saturate weights have all 8 bits."""
+        settled = super().settle(options, device, precision)
+        if "weight_range" not in options and device is not None and not _saturates(device.machine, device.extensions):
+            settled["weight_range"] = FULL
+        return settled
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """The exporter's packages; for float16 the runtime too, which measures what must stay in float32."""
@@ -54,7 +83,10 @@ class OnnxTarget(Target):
             raise ToolchainMissing("ONNX Runtime is missing", why=availability.detail, fix=availability.fix)
         from edgeattn.targets.onnx_graph.execute import OnnxRuntime
 
-        return OnnxRuntime(artifact)
+        # Weights of 8 bits are for CPUs that do not saturate. Where this one does, operations are computed one by one
+        # as the graph says, or the numbers would be this machine's and not the device's.
+        full = artifact.facts.get("weight_range") == FULL
+        return OnnxRuntime(artifact, optimized=not (full and _saturates(platform.machine(), _extensions())))
 
     def package(self) -> str:
         """The runner needs ONNX Runtime alone."""

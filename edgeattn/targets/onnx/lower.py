@@ -6,35 +6,74 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from edgeattn.capture import Program
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
-from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
+from edgeattn.targets.onnx import FULL
+from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
+from edgeattn.targets.onnx_graph.qdq import CPU_INT7, CPU_INT8, Calibration, in_floats, nothing_to_quantize, weighted
+from edgeattn.targets.onnx_graph.weights import small_weights, weights_words
+
+#: Matrix products of two tensors of data, as attention has them: they stay in floats.
+_PRODUCTS = ("MatMul", "Einsum")
+
+
+def _quantized(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
+    """The graph with integers where the plan wants them, and what was done.
+
+    Raises:
+        CheckFailed: there is nothing to quantize.
+    """
+    found = weighted(model)
+    products = [n for n in model.graph if n.op_type in _PRODUCTS and not any(n is w.node for w in found)]
+    if plan.precision == "w8a8":
+        calibration = Calibration(
+            model, plan.calibration, CPU_INT8 if plan.options["weight_range"] == FULL else CPU_INT7, plan.quant
+        )
+        done, words = calibration.facts(), calibration.numbers.name
+        model = calibration.apply(model)
+    else:
+        words, done = weights_words(plan.quant), small_weights(model, plan.quant)
+    if not done:
+        raise nothing_to_quantize(plan.precision)
+    names = {item["node"] for item in done}
+    left = in_floats(model, {str(w.node.name) for w in found} - names)
+    left["left_in_floats"] += [str(n.name) for n in products]
+    return model, {"numbers": words, "operations": done, **left}
 
 
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write one .onnx file for each entry into ``out``: ``model.onnx`` for ``main``.
 
-    Inputs and outputs stay float32 in both precisions, so that the caller's code does not change with it.
+    Inputs and outputs stay float32 in all precisions, so that the caller's code does not change with it.
 
     Raises:
-        ConversionFailed: lists the operations without an ONNX form and their modules.
+        ConversionFailed: lists the operations without an ONNX form and their modules. CheckFailed: nothing to quantize.
     """
     entries: dict[str, ArtifactEntry] = {}
     facts: dict[str, Any] = {"opset": OPSET, "entries": {}}
     for name, entry in program.entries.items():
         model = export(entry)
+        inputs, outputs = tensors(model.graph.inputs), tensors(model.graph.outputs)
         note: dict[str, Any] = {}
         if plan.precision == "fp16":
             model, kept = to_fp16(model, plan.samples)
             note["kept_in_fp32"] = [k.as_dict() for k in kept]
             plan.allow(note["kept_in_fp32"])
+        elif plan.quant.quantizes:
+            name_nodes(model)
+            model, note["quantized"] = _quantized(model, plan)
+            facts["opset"] = model.opset_imports[""]
         tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         file = "model.onnx" if name == "main" else f"{name}.onnx"
         save(model, out / file)
-        entries[name] = ArtifactEntry(file, tensors(model.graph.inputs), tensors(model.graph.outputs))
+        entries[name] = ArtifactEntry(file, inputs, outputs)
         note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
         note["weight_bytes"] = weight_bytes(model)
         facts["entries"][name] = note
+    if plan.precision == "w8a8":
+        facts["weight_range"] = plan.options["weight_range"]
     return Artifact(out, plan.precision, entries, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,12 @@ TRACE_BYTES = 512_000_000
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def _session(source: str | bytes, optimized: bool = True) -> ort.InferenceSession:
+def _session(source: str | bytes, optimized: bool = True, unpacked: bool = False) -> ort.InferenceSession:
+    """A session on the CPU; with ``unpacked`` small weights become floats once, as it is made."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if unpacked:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -72,45 +75,66 @@ def _round_all(model: ir.Model) -> None:
                     use.node.replace_input_with(use.idx, stored)
 
 
-def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
-    """Run ``model`` with graph optimizations off and every float tensor an output, in pieces of ``TRACE_BYTES``.
+class Tracer:
+    """Runs a graph with graph optimizations off and every float tensor an output, in pieces of ``TRACE_BYTES``.
 
     A float16 graph is computed with every tensor rounded to float16.
 
     Args:
         model: in memory; its graph outputs are restored before returning, a float16 graph is copied.
-        feeds: by input name.
+        wanted: names of the only tensors to look at; all if None. Inputs can be among them.
     """
-    if any(value.dtype == ir.DataType.FLOAT16 for node in model.graph for value in node.outputs):
-        model = model.clone()
-        _round_all(model)
-    producers = [
-        (value, node)
-        for node in model.graph
-        for value in node.outputs
-        if value.name and value.dtype in _FLOATS and value.shape is not None  # what _round_all adds has no shape
-    ]
-    original = list(model.graph.outputs)
-    pieces: list[list[tuple[ir.Value, ir.Node]]] = [[]]
-    held = 0
-    for value, node in producers:
-        size = 4 * int(np.prod([n if isinstance(n, int) else 1 for n in value.shape or ()]))
-        if held + size > TRACE_BYTES and pieces[-1]:
-            pieces.append([])
-            held = 0
-        pieces[-1].append((value, node))
-        held += size
-    for piece in filter(None, pieces):
-        extra = [value for value, _ in piece if not any(value is output for output in original)]
-        model.graph.outputs[:] = [*original, *extra]
-        try:
-            session = _session_of(model)
-        finally:
-            model.graph.outputs[:] = original
-        names = [str(value.name) for value, _ in piece]
-        arrays = session.run(names, dict(feeds))
-        for name, (_, node), array in zip(names, piece, arrays, strict=True):
-            yield TraceValue(name, module_of(node), node.op_type, array)
+
+    def __init__(self, model: ir.Model, wanted: Collection[str] | None = None) -> None:
+        self._inputs = [str(v.name) for v in model.graph.inputs if wanted is not None and v.name in wanted]
+        if any(value.dtype == ir.DataType.FLOAT16 for node in model.graph for value in node.outputs):
+            model = model.clone()
+            _round_all(model)
+        self._model = model
+        producers = [
+            (value, node)
+            for node in model.graph
+            for value in node.outputs
+            if value.name and value.dtype in _FLOATS and value.shape is not None  # what _round_all adds has no shape
+            if wanted is None or value.name in wanted
+        ]
+        self._pieces: list[list[tuple[ir.Value, ir.Node]]] = [[]]
+        held = 0
+        for value, node in producers:
+            size = 4 * int(np.prod([n if isinstance(n, int) else 1 for n in value.shape or ()]))
+            if held + size > TRACE_BYTES and self._pieces[-1]:
+                self._pieces.append([])
+                held = 0
+            self._pieces[-1].append((value, node))
+            held += size
+
+    def over(self, samples: Iterable[Mapping[str, Array]]) -> Iterator[TraceValue]:
+        """The tensors of every sample; a piece of the graph meets all of them before the next piece does.
+
+        Args:
+            samples: feeds by input name, gone through once for each piece.
+        """
+        if self._inputs:
+            for feeds in samples:
+                yield from (TraceValue(name, "", "input", feeds[name]) for name in self._inputs)
+        original = list(self._model.graph.outputs)
+        for piece in filter(None, self._pieces):
+            extra = [value for value, _ in piece if not any(value is output for output in original)]
+            self._model.graph.outputs[:] = [*original, *extra]
+            try:
+                session = _session_of(self._model)
+            finally:
+                self._model.graph.outputs[:] = original
+            names = [str(value.name) for value, _ in piece]
+            for feeds in samples:
+                arrays = session.run(names, dict(feeds))
+                for name, (_, node), array in zip(names, piece, arrays, strict=True):
+                    yield TraceValue(name, module_of(node), node.op_type, array)
+
+
+def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+    """Every float tensor of a graph on its way from ``feeds``, see ``Tracer``."""
+    return Tracer(model).over([feeds])
 
 
 def outputs_of(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -143,7 +167,9 @@ class OnnxRuntime:
         path = self._path(entry)
         check_feeds(self._artifact.entries[entry].inputs, feeds)
         if entry not in self._sessions:
-            self._sessions[entry] = _session(path, self._optimized)
+            # Else weights that only are stored small would be unpacked again at every run.
+            unpacked = self._artifact.precision in ("w8", "w4")
+            self._sessions[entry] = _session(path, self._optimized, unpacked)
         session = self._sessions[entry]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))

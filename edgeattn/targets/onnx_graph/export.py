@@ -129,6 +129,17 @@ def _failure(entry: Entry, error: Exception) -> ConversionFailed:
     )
 
 
+def name_nodes(model: ir.Model) -> None:
+    """A name of its own for every node: profiles and messages of TensorRT speak of nodes by name."""
+    taken: set[str] = set()
+    for i, node in enumerate(model.graph):
+        name = node.name or f"node_{i}"
+        if name in taken:
+            name = next(n for k in itertools.count(1) if (n := f"{name}_{k}") not in taken)
+        node.name = name
+        taken.add(name)
+
+
 def tidy(model: ir.Model, metadata: dict[str, str]) -> None:
     """Keep what is true on every machine, so that the same input gives the same bytes."""
     model.graph.name = "main"

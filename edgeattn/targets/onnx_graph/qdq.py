@@ -1,43 +1,27 @@
 """Explicit quantization of an ONNX graph: pairs of QuantizeLinear and DequantizeLinear at its weighted operations.
 
-Symmetric, because TensorRT takes no zero point: activations with one scale a tensor, which clips where clipping costs
-less than rounding on the calibration samples; int8 weights with one scale an output channel, fp8 weights with one a
-tensor. Biases stay as they are.
+Weights are symmetric: int8 with one scale an output channel, fp8 with one a tensor. Data have one scale a tensor:
+symmetric for TensorRT, which takes no zero point; with a zero point for CPUs, whose fast kernels multiply uint8 data
+with int8 weights, and which want the outputs of convolutions quantized as well. Biases stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.onnx_graph.execute import module_of, trace_model
-
-#: Of each activation at most so many numbers of a sample are looked at to choose its scale; the largest always.
-LOOKED_AT = 65536
-#: Shares of the largest number at which an activation may be clipped.
-CLIPS = np.linspace(1.0, 0.3, 36)
+from edgeattn.quant.observe import Observer
+from edgeattn.quant.plan import QuantPlan
+from edgeattn.targets.onnx_graph.execute import Tracer, module_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A kind of small number.
-
-    Attributes:
-        largest: magnitude that it ends at.
-        round: numbers (float32, already divided by the scale) as it stores them.
-    """
-
-    name: str
-    dtype: ir.DataType
-    largest: float
-    per_channel: bool
-    round: Callable[[Array], Array]
+#: Between two weighted operations these hand a tensor on, so that it still is the first one's output.
+_HANDS_ON = ("Relu", "Reshape", "Transpose", "Flatten", "Identity", "Squeeze", "Unsqueeze")
 
 
 def _int8(value: Array) -> Array:
@@ -50,11 +34,33 @@ def _fp8(value: Array) -> Array:
     return rounded
 
 
-#: By precision.
+@dataclass(frozen=True)
+class Numbers:
+    """What weights and data are stored in.
+
+    Attributes:
+        data, weights: types. round: weights (float32, already divided by their scale) as they are stored.
+        largest: magnitude of a stored weight. per_channel: one scale for each output channel of a weight.
+        for_cpu: data have a zero point, and the outputs of convolutions are quantized, for every reader of them.
+    """
+
+    name: str
+    data: ir.DataType
+    weights: ir.DataType
+    round: Callable[[Array], Array]
+    largest: float
+    per_channel: bool = True
+    for_cpu: bool = False
+
+
+#: For TensorRT, by precision.
 NUMBERS = {
-    "w8a8": Numbers("int8", ir.DataType.INT8, 127.0, True, _int8),
-    "fp8": Numbers("fp8 (E4M3)", ir.DataType.FLOAT8E4M3FN, 448.0, False, _fp8),
+    "w8a8": Numbers("int8", ir.DataType.INT8, ir.DataType.INT8, _int8, 127.0),
+    "fp8": Numbers("fp8 (E4M3)", ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FN, _fp8, 448.0, per_channel=False),
 }
+CPU_INT8 = Numbers("int8", ir.DataType.UINT8, ir.DataType.INT8, _int8, 127.0, for_cpu=True)
+#: x86 CPUs without VNNI add two products of 8 and 8 bits in 16 bits, which saturates unless weights have 7 bits.
+CPU_INT7 = replace(CPU_INT8, name="int8 (weights within 7 bits)", largest=63.0)
 
 
 @dataclass(frozen=True)
@@ -90,25 +96,46 @@ def weighted(model: ir.Model) -> list[Weighted]:
     return found
 
 
-def _spread(value: Array) -> Array:
-    """Magnitudes of a tensor, thinned out evenly, the largest first."""
-    flat = np.abs(value.astype(np.float32).reshape(-1))
-    step = max(1, flat.size // LOOKED_AT)
-    return np.concatenate([flat.max(initial=0.0, keepdims=True), flat[::step]])
+def nothing_to_quantize(precision: str) -> CheckFailed:
+    """The error for a graph in which a precision changes nothing."""
+    return CheckFailed(
+        "there is nothing to quantize",
+        value=precision,
+        why="no convolution or matrix product with constant weights is left to it",
+        fix="--precision fp16, or keep fewer modules in floats",
+    )
 
 
-def _scale(magnitudes: Array, numbers: Numbers) -> tuple[float, float]:
-    """The scale with the smallest mean squared error on these numbers, and that error as a share of their energy."""
-    peak = float(magnitudes.max(initial=0.0))
-    if peak == 0 or not np.isfinite(peak):
-        return 1.0, 0.0
-    energy = float(np.square(magnitudes, dtype=np.float64).mean())
-    best = (np.inf, 1.0)
-    for clip in CLIPS:
-        scale = peak * float(clip) / numbers.largest
-        back = numbers.round(magnitudes / np.float32(scale)).astype(np.float32) * np.float32(scale)
-        best = min(best, (float(np.square(back - magnitudes, dtype=np.float64).mean()), scale))
-    return best[1], best[0] / energy
+def in_floats(model: ir.Model, names: Collection[str]) -> dict[str, list[str]]:
+    """Of weighted operations that stay in floats the nodes and the modules."""
+    nodes = [node for node in model.graph if node.name in names]
+    return {
+        "left_in_floats": [str(node.name) for node in nodes],
+        "modules_in_floats": sorted({module_of(node) for node in nodes}),
+    }
+
+
+@dataclass(frozen=True)
+class Data:
+    """How a tensor of data is stored: ``scale * (integer - zero)``; and the share of its energy that this takes."""
+
+    scale: float
+    zero: int = 0
+    noise: float = 0.0
+
+
+def _data(observer: Observer, numbers: Numbers) -> Data:
+    if numbers.for_cpu:
+        low, high = observer.limits(8)
+        if low == high:
+            return Data(1.0)
+        scale = (high - low) / 255.0
+        return Data(scale, int(np.clip(np.rint(-low / scale), 0, 255)), observer.noise(scale * 255.0 / 254.0))
+    if numbers.data == ir.DataType.INT8:
+        return Data(scale := observer.scale(8), 0, observer.noise(scale))
+    # Floating-point numbers lose as little at the bottom of a range as at its top: there is nothing to clip.
+    peak = max(-observer.lowest, observer.highest)
+    return Data(peak / numbers.largest if peak else 1.0, 0, 2.0**-8)
 
 
 def _weight_scales(weight: Array, axis: int, numbers: Numbers) -> Array:
@@ -121,6 +148,22 @@ def _weight_scales(weight: Array, axis: int, numbers: Numbers) -> Array:
 
 def _along(scales: Array, axis: int, rank: int) -> Array:
     return scales.reshape([-1 if i == axis else 1 for i in range(rank)]) if scales.ndim else scales
+
+
+def made_by(value: ir.Value) -> ir.Node | None:
+    """The operation that a tensor is the output of, seen through those that only hand it on."""
+    node = value.producer()
+    while node is not None and node.op_type in _HANDS_ON and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node
+
+
+def _rounded_output(node: ir.Node) -> ir.Value:
+    """Where a convolution's output is quantized: behind the ReLU that alone reads it, which costs nothing then."""
+    value = node.outputs[0]
+    uses = tuple(value.uses())
+    alone = len(uses) == 1 and not value.is_graph_output()
+    return uses[0].node.outputs[0] if alone and uses[0].node.op_type == "Relu" else value
 
 
 class _Writer:
@@ -136,13 +179,15 @@ class _Writer:
         self.graph.register_initializer(constant)
         return constant
 
-    def _scales(self, name: str, scales: Array, like: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    def _scales(
+        self, name: str, scales: Array, zero: int, stored: ir.DataType, like: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
         """Scale and zero point. A scale that float16 cannot hold becomes the nearest one that it can."""
         if like == ir.DataType.FLOAT16:
             tiny = np.float32(np.finfo(np.float16).smallest_normal)
             scales = np.clip(scales, tiny, np.float32(65504)).astype(np.float16)
-        zero = np.zeros(scales.shape, self.numbers.dtype.numpy())
-        return self._constant(f"{name}_scale", scales, like), self._constant(f"{name}_zero", zero, self.numbers.dtype)
+        zeros = np.full(scales.shape, zero, stored.numpy())
+        return self._constant(f"{name}_scale", scales, like), self._constant(f"{name}_zero", zeros, stored)
 
     def _pair(self, made: list[ir.Node], like: ir.Value, name: str, ahead: ir.Node) -> ir.Value:
         for node in made:
@@ -152,13 +197,14 @@ class _Writer:
         result.name, result.type, result.shape = f"{name}_dequantized", like.type, like.shape
         return result
 
-    def activation(self, value: ir.Value, scale: float, reader: ir.Node) -> ir.Value:
+    def data(self, value: ir.Value, how: Data, reader: ir.Node) -> ir.Value:
         """``value`` through a pair, made once and placed right behind its producer."""
         if id(value) not in self._done:
             assert value.dtype is not None
-            scales = self._scales(str(value.name), np.array(scale, np.float32), value.dtype)
+            stored = self.numbers.data
+            scales = self._scales(str(value.name), np.array(how.scale, np.float32), how.zero, stored, value.dtype)
             to = ir.node("QuantizeLinear", [value, *scales], name=f"{value.name}_quantize")
-            to.outputs[0].name, to.outputs[0].type = f"{value.name}_quantized", ir.TensorType(self.numbers.dtype)
+            to.outputs[0].name, to.outputs[0].type = f"{value.name}_quantized", ir.TensorType(stored)
             to.outputs[0].shape = value.shape
             back = ir.node("DequantizeLinear", [to.outputs[0], *scales], name=f"{value.name}_dequantize")
             producer = value.producer()
@@ -169,17 +215,24 @@ class _Writer:
             self._done[id(value)] = self._pair([to, back], value, str(value.name), producer or reader)
         return self._done[id(value)]
 
+    def output(self, value: ir.Value, how: Data, reader: ir.Node, but: Collection[str]) -> None:
+        """Have every reader of ``value`` see it rounded, but for the nodes of these names."""
+        readers = [(use.node, use.idx) for use in value.uses() if use.node.name not in but]
+        rounded = self.data(value, how, reader)
+        for node, index in readers:
+            node.replace_input_with(index, rounded)
+
     def weight(self, of: Weighted, scales: Array) -> ir.Value:
         """The weight stored in small numbers, with what makes floats of them in front of its readers."""
         if id(of.weight) not in self._done:
             assert of.weight.const_value is not None
             assert of.weight.dtype is not None
             name, value = str(of.weight.name), of.weight.const_value.numpy()
-            scale, zero = self._scales(name, scales, of.weight.dtype)
+            scale, zero = self._scales(name, scales, 0, self.numbers.weights, of.weight.dtype)
             assert scale.const_value is not None
             stored = scale.const_value.numpy().astype(np.float32)
             small = self.numbers.round(value.astype(np.float32) / _along(stored, of.axis, value.ndim))
-            constant = self._constant(f"{name}_{self.numbers.name.split()[0]}", small, self.numbers.dtype)
+            constant = self._constant(f"{name}_{self.numbers.weights.name.lower()}", small, self.numbers.weights)
             attributes = {"axis": of.axis} if scales.ndim else {}
             back = ir.node("DequantizeLinear", [constant, scale, zero], attributes, name=f"{name}_dequantize")
             self.graph.insert_before(self.graph[0], back)
@@ -191,26 +244,27 @@ class Calibration:
     """Scales of a graph's weighted operations, measured on samples.
 
     Args:
-        model: its tensors in float32 or float16. samples: at least one.
+        model: its tensors in float32 or float16. samples: at least one; they are gone through once.
+        plan: which modules stay in floats. Their outputs are not rounded for those that read them, either.
     """
 
-    def __init__(self, model: ir.Model, samples: Sequence[Mapping[str, Array]], numbers: Numbers) -> None:
-        self.numbers = numbers
-        found = weighted(model)
-        wanted = {str(w.data.name) for w in found}
-        seen: dict[str, list[Array]] = {}
-        for feeds in samples:
-            for name in wanted & set(feeds):
-                seen.setdefault(name, []).append(_spread(feeds[name]))
-            for item in trace_model(model, feeds):
-                if item.name in wanted:
-                    seen.setdefault(item.name, []).append(_spread(item.value))
-        self.activations = {name: _scale(np.concatenate(parts), numbers) for name, parts in seen.items()}
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Iterable[Mapping[str, Array]],
+        numbers: Numbers,
+        plan: QuantPlan | None = None,
+    ) -> None:
+        self.numbers, self.plan = numbers, plan or QuantPlan("w8a8")
+        chosen = list(self._chosen(model))
+        wanted = {str(value.name) for _, *values in chosen for value in values if value is not None}
+        observers = {name: Observer(self.plan.observer) for name in wanted}
+        for item in Tracer(model, wanted).over(samples):
+            observers[item.name].add(item.value)
+        self.activations = {name: _data(seen, numbers) for name, seen in observers.items() if seen.count}
         self.weights: dict[str, Array] = {}
         self.operations: list[Weighted] = []
-        for w in found:
-            if str(w.data.name) not in self.activations:
-                continue
+        for w, data, _ in chosen:
             assert w.weight.const_value is not None
             value = w.weight.const_value.numpy().astype(np.float32)
             scales = _weight_scales(value, w.axis, numbers)
@@ -219,8 +273,24 @@ class Calibration:
             energy = float(np.square(value, dtype=np.float64).sum()) or 1.0
             noise = float(np.square(back - value, dtype=np.float64).sum()) / energy
             self.weights[str(w.weight.name)] = scales
-            noise += self.activations[str(w.data.name)][1]
-            self.operations.append(Weighted(w.node, w.data, w.weight, w.axis, noise))
+            if data is not None and str(data.name) in self.activations:
+                noise += self.activations[str(data.name)].noise
+            self.operations.append(replace(w, noise=noise))
+
+    def _chosen(self, model: ir.Model) -> Iterator[tuple[Weighted, ir.Value | None, ir.Value | None]]:
+        """The operations that the plan quantizes; their data and their output as far as these are rounded."""
+        found = weighted(model)
+        floats = {id(w.node) for w in found if self.plan.scheme(module_of(w.node)).floats}
+        for w in found:
+            scheme = self.plan.scheme(module_of(w.node))
+            if scheme.floats:
+                continue
+            maker = made_by(w.data)
+            rounds = scheme.data < 32 and (maker is None or id(maker) not in floats)
+            output = _rounded_output(w.node) if self.numbers.for_cpu and rounds and w.node.op_type == "Conv" else None
+            if output is not None and output.is_graph_output():
+                output = None  # what the caller gets is not rounded
+            yield w, w.data if rounds else None, output
 
     def apply(self, model: ir.Model, without: Collection[str] = ()) -> ir.Model:
         """A copy of ``model``, the graph that was measured, with the pairs.
@@ -230,26 +300,36 @@ class Calibration:
         """
         copy = model.clone()
         writer = _Writer(copy.graph, self.numbers)
-        for w in weighted(copy):
-            if w.node.name in without or str(w.data.name) not in self.activations:
-                continue
-            data = writer.activation(w.data, self.activations[str(w.data.name)][0], w.node)
-            weight = writer.weight(w, self.weights[str(w.weight.name)])
-            w.node.replace_input_with(0, data)
-            w.node.replace_input_with(1, weight)
+        chosen = [c for c in self._chosen(copy) if c[0].node.name not in without]
+        quantized = {str(w.node.name) for w, *_ in chosen}
+        floats = {str(w.node.name) for w in weighted(copy)} - quantized
+        for w, _, output in chosen:
+            if output is not None and str(output.name) in self.activations:
+                writer.output(output, self.activations[str(output.name)], w.node, floats)
+        for w, data, _ in chosen:
+            if data is not None and str(data.name) in self.activations and w.node.inputs[0] is data:
+                how = self.activations[str(data.name)]
+                if self.numbers.for_cpu:
+                    writer.output(data, how, w.node, floats)
+                else:
+                    w.node.replace_input_with(0, writer.data(data, how, w.node))
+            w.node.replace_input_with(1, writer.weight(w, self.weights[str(w.weight.name)]))
         for name in [n for n, v in copy.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
             del copy.graph.initializers[name]
         return copy
 
     def facts(self, without: Collection[str] = ()) -> list[dict[str, object]]:
-        """What is quantized: node, operation, module and the activation's scale."""
-        return [
-            {
-                "node": str(w.node.name),
-                "op": w.node.op_type,
-                "module": module_of(w.node),
-                "activation_scale": float(f"{self.activations[str(w.data.name)][0]:.6g}"),
-            }
-            for w in self.operations
-            if w.node.name not in without
-        ]
+        """What is quantized: node, operation, module and the scale of its data, if they are."""
+        noted: list[dict[str, object]] = []
+        for w in self.operations:
+            if w.node.name not in without:
+                how = self.activations.get(str(w.data.name))
+                noted.append(
+                    {
+                        "node": str(w.node.name),
+                        "op": w.node.op_type,
+                        "module": module_of(w.node),
+                        "activation_scale": float(f"{how.scale:.6g}") if how else None,
+                    }
+                )
+        return noted

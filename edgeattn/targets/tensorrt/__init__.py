@@ -62,12 +62,12 @@ class TensorRTTarget(Target):
         return Availability(True, ", ".join(f"{name} {version}" for name, version in {**builders, **found}.items()))
 
     def precisions(self, device: Device | None) -> tuple[str, ...]:
-        """fp32; fp16; int8 or fp8 weights and activations at weighted operations, with fp16 around them."""
-        held = ("fp32", "fp16", "w8a8", "fp8")
+        """fp32; fp16; small weights or small weights and data at weighted operations, with fp16 around them."""
+        held = ("fp32", "fp16", "w8a8", "w8", "w4", "fp8")
         compute = device.compute_capability if device else None
         return held if compute is None or float(compute) >= FIRST_FP8 else held[:-1]
 
-    def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
+    def settle(self, options: Mapping[str, str], device: Device | None, precision: str = "") -> dict[str, str]:
         """See ``Target.settle``. ``compute`` may be several, as in ``8.6,8.9``; a device says flavour and compute."""
         computes = [one for one in options.get("compute", "").replace(",", "+").split("+") if one]
         for one in computes:
@@ -76,7 +76,7 @@ class TensorRTTarget(Target):
                 if re.fullmatch(r"\d+\.\d", one) and float(one) >= 8:
                     error.fix = "TensorRT for RTX has none for it: try -O compute=portable, or -O flavour=full on it"
                 raise error
-        settled = super().settle({k: v for k, v in options.items() if k != "compute"}, device)
+        settled = super().settle({k: v for k, v in options.items() if k != "compute"}, device, precision)
         if device is not None and device.flavour and "flavour" not in options:
             settled["flavour"] = device.flavour
         if settled["flavour"] == FULL:

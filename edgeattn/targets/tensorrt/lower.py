@@ -6,7 +6,6 @@ QuantizeLinear and DequantizeLinear. All entries are written and parsed before t
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, Array, compare
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.onnx_graph.execute import module_of, outputs_of
-from edgeattn.targets.onnx_graph.export import OPSET, export, tensors, tidy
+from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
-from edgeattn.targets.onnx_graph.qdq import NUMBERS, Calibration
+from edgeattn.targets.onnx_graph.qdq import NUMBERS, Calibration, in_floats, nothing_to_quantize, weighted
+from edgeattn.targets.onnx_graph.weights import small_weights, weights_words
 from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX, modelopt
 from edgeattn.targets.tensorrt.engine import Builder, Profiles
 from edgeattn.targets.tensorrt.trtexec import Build, script
@@ -33,17 +33,6 @@ _PRODUCTS = ("MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
 _PARTS = 10
 #: Samples are not all inputs: of what verification allows this share may be used on them.
 _NEAR = 0.8
-
-
-def _name_nodes(model: ir.Model) -> None:
-    """A name of its own for every node: profiles and messages of TensorRT speak of nodes by name."""
-    taken: set[str] = set()
-    for i, node in enumerate(model.graph):
-        name = node.name or f"node_{i}"
-        if name in taken:
-            name = next(n for k in itertools.count(1) if (n := f"{name}_{k}") not in taken)
-        node.name = name
-        taken.add(name)
 
 
 def _quantized(
@@ -59,15 +48,11 @@ def _quantized(
     Raises:
         CheckFailed: there is none, or even a tenth of them (one at least) is too much.
     """
-    calibration = Calibration(model, plan.samples, NUMBERS[plan.precision])
+    calibration = Calibration(model, plan.calibration or plan.samples, NUMBERS[plan.precision], plan.quant)
     loud = [str(w.node.name) for w in sorted(calibration.operations, key=lambda w: -w.noise)]
     if not loud:
-        raise CheckFailed(
-            "there is nothing to quantize",
-            value=plan.precision,
-            why="the graph has no convolution or matrix product with constant weights",
-            fix="--precision fp16",
-        )
+        raise nothing_to_quantize(plan.precision)
+    all_of_them = {str(w.node.name) for w in weighted(model)}
     near, worst, where = _NEAR * TOLERANCES[plan.precision], 0.0, ""
     for count in sorted({min(round(len(loud) * part / _PARTS), len(loud) - 1) for part in range(_PARTS)}):
         without = set(loud[:count])
@@ -80,9 +65,8 @@ def _quantized(
         if worst <= near:
             return quantized, {
                 "numbers": NUMBERS[plan.precision].name,
-                "calibrated_on": f"{len(plan.samples)} samples",
                 "operations": calibration.facts(without),
-                "left_in_floats": [str(w.node.name) for w in calibration.operations if w.node.name in without],
+                **in_floats(model, without | (all_of_them - set(loud))),
             }
     raise CheckFailed(
         f"the model does not hold in {plan.precision}",
@@ -92,10 +76,24 @@ def _quantized(
     )
 
 
+def _small(model: ir.Model, plan: LowerPlan) -> dict[str, Any]:
+    """Store weights in 8 or 4 bits, in place; the engine computes with them in float16.
+
+    Raises:
+        CheckFailed: there is none.
+    """
+    before = {str(w.node.name) for w in weighted(model)}
+    done = small_weights(model, plan.quant, standard=True)
+    if not done:
+        raise nothing_to_quantize(plan.precision)
+    left = in_floats(model, before - {item["node"] for item in done})
+    return {"numbers": weights_words(plan.quant), "operations": done, **left}
+
+
 def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
     """An entry in the plan's precision, and what is worth knowing of it."""
     model = export(entry)
-    _name_nodes(model)
+    name_nodes(model)
     note: dict[str, Any] = {}
     if plan.precision in NUMBERS and plan.options["quantizer"] == "modelopt":
         model, note["quantized"] = modelopt.quantize(model, plan)
@@ -107,12 +105,14 @@ def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str
         plan.allow(note["kept_in_fp32"])
     if plan.precision in NUMBERS:
         model, note["quantized"] = _quantized(model, references, plan)
+    elif plan.quant.quantizes:
+        note["quantized"] = _small(model, plan)
     return _noted(model, name, plan, note)
 
 
 def _noted(model: ir.Model, name: str, plan: LowerPlan, note: dict[str, Any]) -> tuple[ir.Model, dict[str, Any]]:
     """A finished graph, tidied, with what can be read of it in ``note``."""
-    _name_nodes(model)
+    name_nodes(model)
     tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
     note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
     note["modules"] = {str(node.name): module for node in model.graph if (module := module_of(node))}

@@ -30,9 +30,8 @@ def quantize(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save(model, folder / "float.onnx")
-        arrays: dict[str, Any] = {
-            key: np.concatenate([feeds[key] for feeds in plan.samples]) for key in plan.samples[0]
-        }
+        samples = list(plan.calibration or plan.samples)  # ModelOpt wants all of them at once
+        arrays: dict[str, Any] = {key: np.concatenate([feeds[key] for feeds in samples]) for key in samples[0]}
         np.savez(folder / "samples.npz", **arrays)
         request = {
             "onnx": str(folder / "float.onnx"),
@@ -50,7 +49,6 @@ def quantize(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]
     return quantized, {
         "numbers": MODES[plan.precision],
         "by": f"ModelOpt {result['versions']['nvidia-modelopt']}",
-        "calibrated_on": f"{len(plan.samples)} samples",
         "operations": [{"node": str(n.name), "op": n.op_type, "module": module_of(n)} for n in products if _fed(n)],
         "left_in_floats": [str(node.name) for node in products if not _fed(node)],
     }

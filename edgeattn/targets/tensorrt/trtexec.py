@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 #: The tools by our name for them, with their own.
 TOOLS = {"10": "trtexec of TensorRT 10", "11": "trtexec of TensorRT 11", "rtx": "tensorrt_rtx of TensorRT-RTX 1"}
 
-PRECISIONS = ("fp32", "fp16", "w8a8", "fp8")
+PRECISIONS = ("fp32", "fp16", "w8a8", "w8", "w4", "fp8")
 
 #: trtexec reads each dimension with std::stoi (stringToValue in sampleOptions.cpp of 10 and 11).
 LARGEST_INT = 2**31 - 1
