@@ -325,8 +325,8 @@ def _calibration_of(folder: Path, source: str, where: str) -> tuple[str, str | N
     """Where calibration samples are, absolute, and a digest that changes with them."""
     file, colon, function = source.rpartition(":")
     if colon and file.endswith(".py"):
-        path, digest = _file_of(folder, file, "calibration.source", where)
-        return f"{path}:{function}", digest
+        found, digest = _file_of(folder, file, "calibration.source", where)
+        return f"{found}:{function}", digest
     path = (folder / source).resolve()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())

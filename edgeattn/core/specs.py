@@ -1,10 +1,10 @@
-"""Named tensors: shape, dtype and the range that random values are drawn from."""
+"""Named tensors: shape, dtype and the range that random values are drawn from; and batches of samples."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -204,3 +204,10 @@ def parse_spec(text: str) -> TensorSpec:
         raise UsageError("an input's range cannot be used", value="..".join(ends), where=f"--input {text}", why=fault)
     dynamic = tuple((axis, *ends) for axis, ends in ranges.items())
     return TensorSpec(match["name"], shape, dtype, low, high, dynamic)
+
+
+def batches(x: Array, size: int) -> Iterator[Array]:
+    """Consecutive batches of exactly ``size``; the last one is filled up with its own last sample."""
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]) if len(part) < size else part

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 
 
 @functools.cache
@@ -25,3 +26,14 @@ def versions(distributions: tuple[str, ...]) -> dict[str, str | None]:
 def host() -> dict[str, str]:
     """The host's architecture and system, as cache keys and manifests record them."""
     return {"machine": platform.machine(), "system": sys.platform}
+
+
+@functools.cache
+def cpu_extensions() -> tuple[str, ...]:
+    """Of this machine's CPU, as Linux names them; none are known elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return tuple(next(found, []))

@@ -78,22 +78,24 @@ def import_timm() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
-    """Let a guest's code import its neighbours first; afterwards they come last, so that they shadow no library."""
-    sys.path.insert(0, str(folder))
+def own_folder(text: str, folder: str) -> Iterator[None]:
+    """Let a guest's code import its neighbours first; afterwards they come last, so that they shadow no library.
+
+    Args:
+        text: as in ``find_callable``; nothing is done for a first citizen. folder: where relative paths begin.
+    """
+    source = text.partition(":")[0]
+    if source.partition(".")[0] in ("edgeattn", "timm"):
+        yield
+        return
+    place = str(Path(folder, source).parent if source.endswith(".py") else Path(folder))
+    sys.path.insert(0, place)
     try:
         yield
     finally:
-        if str(folder) in sys.path:  # a guest may have tidied up itself
-            sys.path.remove(str(folder))
-        sys.path.append(str(folder))
-
-
-def _folder_of(resolved: Resolved, source: str) -> Path | None:
-    """Where a guest's own modules are; None for a first citizen."""
-    if source.partition(".")[0] in ("edgeattn", "timm"):
-        return None
-    return Path(resolved.folder, source).parent if source.endswith(".py") else Path(resolved.folder)
+        if place in sys.path:  # a guest may have tidied up itself
+            sys.path.remove(place)
+        sys.path.append(place)
 
 
 def _module(source: str) -> ModuleType:
@@ -120,7 +122,7 @@ def _theirs(file: str) -> bool:
     return not file.startswith("<") and not python and not any(path.is_relative_to(folder) for folder in ours)
 
 
-def _guest_error(what: str, factory: str, error: BaseException) -> UsageError:
+def guest_error(what: str, factory: str, error: BaseException) -> UsageError:
     """The user's own code failed: say where in it."""
     frame = error.__traceback__
     place = None
@@ -132,6 +134,45 @@ def _guest_error(what: str, factory: str, error: BaseException) -> UsageError:
             place = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return UsageError(what, value=factory, where=place, why=f"{type(error).__name__}: {error}")
+
+
+def find_callable(text: str, folder: str, kind: str) -> Any:
+    """What ``package.module:name`` or ``file.py:name`` (relative to ``folder``) names.
+
+    Args:
+        kind: what it is to the user, as in "factory".
+
+    Raises:
+        UsageError: the module cannot be imported, or holds nothing of that name (with the closest).
+    """
+    source, _, attribute = text.partition(":")
+    if source.endswith(".py"):
+        source = str(Path(folder, source))
+    _mend_torchvision()
+    try:
+        module = _module(source)
+        target = getattr(module, attribute, None)
+    except EdgeAttnError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "a module cannot be found",
+            value=error.name,
+            where=text,
+            why="it is neither installed nor in this folder",
+            fix=f"install it, run from the folder that holds it, or give a path: path/to/file.py:{kind}",
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise guest_error(f"the module of the {kind} cannot be imported", text, error) from error
+    if target is None:
+        near = closest(attribute, vars(module))
+        raise UsageError(
+            f"the module has no such {kind}",
+            value=attribute,
+            where=source,
+            fix=f"did you mean {near!r}?" if near else None,
+        )
+    return target
 
 
 def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
@@ -150,34 +191,9 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
         try:
             model = timm.create_model(attribute, pretrained=False, **recipe.model.args)
         except Exception as error:
-            raise _guest_error("timm cannot build the model", recipe.model.factory, error) from error
+            raise guest_error("timm cannot build the model", recipe.model.factory, error) from error
         return model, specs or [TensorSpec("x", (1, *model.default_cfg["input_size"]))]
-    if source.endswith(".py"):
-        source = str(Path(resolved.folder, source))
-    _mend_torchvision()
-    try:
-        module = _module(source)
-        target = getattr(module, attribute, None)
-    except EdgeAttnError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "a module cannot be found",
-            value=error.name,
-            where=recipe.model.factory,
-            why="it is neither installed nor in this folder",
-            fix="install it, run from the folder that holds it, or give a path: path/to/file.py:factory",
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise _guest_error("the model's module cannot be imported", recipe.model.factory, error) from error
-    if target is None:
-        near = closest(attribute, vars(module))
-        raise UsageError(
-            "the module has no such factory",
-            value=attribute,
-            where=source,
-            fix=f"did you mean {near!r}?" if near else None,
-        )
+    target = find_callable(recipe.model.factory, resolved.folder, "factory")
     if isinstance(target, nn.Module):
         return target, specs
     try:
@@ -185,7 +201,7 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
     except EdgeAttnError:
         raise
     except (Exception, SystemExit) as error:
-        raise _guest_error("the model's factory failed", recipe.model.factory, error) from error
+        raise guest_error("the model's factory failed", recipe.model.factory, error) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             "the factory did not return a torch.nn.Module",
@@ -207,8 +223,7 @@ def build(resolved: Resolved) -> Built:
             does not fit. ToolchainMissing: timm is needed and not installed.
     """
     torch.manual_seed(resolved.recipe.seed)
-    folder = _folder_of(resolved, resolved.recipe.model.factory.partition(":")[0])
-    with _own_folder(folder) if folder else contextlib.nullcontext():
+    with own_folder(resolved.recipe.model.factory, resolved.folder):
         model, specs = _call(resolved)
     model.eval()  # a statement of its own: a guest's may return nothing
     built = Built(model, specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError
 from edgeattn.core.files import check_writable
 from edgeattn.core.numerics import TOLERANCES
 from edgeattn.core.specs import TensorSpec
+from edgeattn.pipeline.advice import advise
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.pack import pack
@@ -178,6 +179,8 @@ def export_job(job: Job, output: Path, *, force: bool = False, progress: Progres
     standing = _keep_standing(final, key, force)
     if standing is not None:
         return Exported(standing, runs, True)
+    for part in job.parts:
+        runs[part.target] = replace(runs[part.target], advice=tuple(advise(part, runs[part.target], cache, progress)))
     order, choice = list(runs), None
     if len(runs) > 1:
         with tempfile.TemporaryDirectory() as folder:

@@ -49,9 +49,16 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
         "tools": versions,
         "numerics": {"reference": reference, **verified["numerics"]},
         "task": verified["task"],
-        "facts": lowered["artifact"] | ({"quantize": run.records["quantize"].facts} if job.quant.quantizes else {}),
+        "facts": lowered["artifact"] | _quantization(job, run),
         "lint": (*run.records["lint"].facts["findings"], *lowered["findings"]),
     }
+
+
+def _quantization(job: Job, run: Finished) -> dict[str, Any]:
+    """What a quantized artifact was measured on, and what that is good for; {} for others."""
+    if not job.quant.quantizes:
+        return {}
+    return {"quantize": run.records["quantize"].facts, "advice": list(run.advice)}
 
 
 def _manifest(job: Job, runs: Mapping[str, Finished], order: Sequence[str], key: str, choice: Any) -> Manifest:

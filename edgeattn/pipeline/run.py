@@ -47,12 +47,14 @@ class Finished:
         fresh: stages that ran now; the others came from the cache.
         keys: of all planned stages, also of those that this run leaves to its caller (bundle).
         seconds: wall time of the run.
+        advice: what was found of a quantized artifact's speed, see ``pipeline.advice``.
     """
 
     records: dict[str, Record]
     fresh: tuple[str, ...]
     keys: dict[str, str]
     seconds: float
+    advice: tuple[str, ...] = ()
 
 
 def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -> Finished:

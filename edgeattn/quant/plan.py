@@ -40,12 +40,15 @@ class QuantPlan:
     Attributes:
         group: of 4-bit weights, see ``Scheme.group``. observer: one of ``quant.observe.METHODS``.
         keep: of the recipe, those that apply to this precision and target.
+        float_data: modules whose data are not rounded, for they come out of one that is kept in floats; see
+            ``quant.flow.read_from_kept``.
     """
 
     precision: str
     group: int = 32
     observer: str = "mse"
     keep: tuple[Keep, ...] = ()
+    float_data: frozenset[str] = frozenset()
 
     @staticmethod
     def of(quantization: Quantization, precision: str, target: str) -> QuantPlan:
@@ -74,6 +77,8 @@ class QuantPlan:
             return Scheme()
         if keep is not None and keep.at == "w8":
             weights, data = 8, 32
+        if module in self.float_data:
+            data = 32
         return Scheme(weights, data, self.group if weights == 4 else 0)
 
     def unused(self, modules: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ A target's own module must import without its toolchain and without torch; it re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -166,6 +166,21 @@ class TraceValue:
     value: Array
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation of an artifact's graph, constants aside.
+
+    Attributes:
+        outputs, inputs: names of the tensors that it gives and reads; inputs without the constants.
+        module: path of the torch module that it came from, "" if unknown. op: its kind, as in ``TraceValue``.
+    """
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    module: str
+    op: str
+
+
 class Runtime(Protocol):
     """An opened artifact."""
 
@@ -173,12 +188,21 @@ class Runtime(Protocol):
         """Outputs by name for inputs by name."""
         ...
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
         """Every float tensor inside the artifact in execution order, each stored in the artifact's own dtype.
 
         The last values of the graph outputs' names are the outputs as computed with every tensor rounded, which
         ``run`` need not do: a runtime may fuse operations and keep more digits than the artifact asks for.
+
+        Args:
+            wanted: names of the only tensors to look at, which alone are held in memory then; all if None.
         """
+        ...
+
+    def steps(self, entry: str) -> list[Step]:
+        """The operations of the graph in execution order; none where the runtime shows nothing of what is inside."""
         ...
 
 

@@ -11,6 +11,7 @@ from edgeattn import targets
 from edgeattn.core import tools
 from edgeattn.lint import Finding, gate
 from edgeattn.pipeline.context import Context, Result
+from edgeattn.quant.flow import read_from_kept
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 
 
@@ -50,7 +51,9 @@ def run(context: Context) -> dict[str, Any]:
     program = context.value("capture")
     if job.quant.quantizes:
         quantized = context.value("quantize")
-        program, plan = quantized.program, replace(plan, calibration=quantized.samples)
+        program = quantized.program
+        quant = replace(job.quant, float_data=read_from_kept(program, job.quant))
+        plan = replace(plan, quant=quant, calibration=quantized.samples)
     artifact = target.lower(program, plan, context.out)
     gate(list(artifact.findings))
     return {

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgeattn.capture import Program
+from edgeattn.core.errors import UsageError, closest
 from edgeattn.core.numerics import Array
+from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
+from edgeattn.quant.calibration import CalibrationStream
+from edgeattn.quant.coverage import coverage
+
+#: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
+LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,65 @@ class Quantized:
     samples: Iterable[Mapping[str, Array]]
 
 
+def _stream(context: Context, limit: int | None = None) -> tuple[CalibrationStream, list[str]]:
+    """The recipe's calibration samples, or for want of them the golden ones; and what the user should know of them.
+
+    Args:
+        limit: so many at most.
+    """
+    resolved, built = context.job.resolved, context.value("build")
+    assert isinstance(built, Built)
+    spec = resolved.recipe.calibration
+    if spec is not None:
+        assert resolved.calibration is not None
+        count = min(spec.samples, limit or spec.samples)
+        spec = spec.model_copy(update={"source": resolved.calibration, "samples": count})
+        return CalibrationStream.of_spec(spec, built.specs, resolved.recipe.preprocess, resolved.folder), []
+    data = context.results["reference"].facts["data"]
+    golden = [feeds for feeds, _ in context.golden()]
+    shapes = {spec.name: spec.shape for spec in built.specs}
+    usual = [feeds for feeds in golden if all(value.shape == shapes[name] for name, value in feeds.items())]
+    words = f"{len(usual)} golden samples ({data}), as the recipe names none: give --calibration"
+    if data == "random":
+        words = "random inputs, for there are no samples: ranges mean nothing for real data; give --calibration"
+    return CalibrationStream.of_feeds(usual, built.specs, f"golden samples ({data})"), [words]
+
+
 def run(context: Context) -> dict[str, Any]:
-    """Check the calibration samples."""
-    samples = [feeds for feeds, _ in context.golden()]
-    context.values["quantize"] = Quantized(context.value("capture"), samples)
-    return {"calibration": {"source": "golden samples", "samples": len(samples)}}
+    """Check the calibration samples, and note what they cover in ``coverage.json``.
+
+    Raises:
+        UsageError: the samples are unfit, or a module is to be kept that there is none of.
+    """
+    model = context.value("reparameterize")
+    names = [name for name, _ in model.named_modules() if name]
+    if unused := context.job.quant.unused(names):
+        near = closest(unused[0], names)
+        raise UsageError(
+            "the model has no such module",
+            value=unused[0],
+            where="modules that stay in floats",
+            why=f"none of the {len(names)} modules of its deploy form fits",
+            fix=f"did you mean {near!r}?" if near else "'edgeattn sensitivity' names them",
+        )
+    context.say("looking at the calibration samples")
+    stream, words = _stream(context)
+    spec = context.job.resolved.recipe.calibration
+    about = stream.describe() | ({"source": spec.source} if spec else {})  # as the recipe has it, not where it is here
+    few, _ = _stream(context, LOOKED_AT)
+    report = coverage(model, few, context.job.quant.observer)
+    (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    context.values["quantize"] = Quantized(context.value("capture"), stream)
+    used = (
+        f"{about['samples']} of {about['of']} samples" if about["samples"] < about["of"] else f"{about['of']} samples"
+    )
+    return {
+        "calibration": about,
+        "words": [f"{used} of {about['source']}", *words, *report["warnings"]],
+        "coverage": {key: report[key] for key in ("samples", "settled", "settled_half", "constant", "inputs")},
+    }
+
+
+def revive(context: Context) -> Quantized:
+    """The program again, and the stream opened anew."""
+    return Quantized(context.value("capture"), _stream(context)[0])

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from edgeattn.capture import own_copies, run_eager
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array
+from edgeattn.core.specs import batches
 from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.job import takes_pixels
-from edgeattn.recipe import Preprocess, Resolved
+from edgeattn.recipe import Resolved, preprocessed
 
 #: Golden samples of a model without held-out data.
 RANDOM_SAMPLES = 2
@@ -58,17 +59,6 @@ def heldout_samples(resolved: Resolved, shape: tuple[int, ...]) -> tuple[Array, 
             why="x must hold finite real numbers, y class numbers from 0",
         )
     return preprocessed(x, resolved.recipe.preprocess), y
-
-
-def preprocessed(raw: Array, preprocess: Preprocess | None) -> Array:
-    """Raw values (N, C, ...) as the model takes them, in float32."""
-    values = raw.astype(np.float32)
-    if preprocess is None:
-        return values
-    per_channel = (1, -1) + (1,) * (values.ndim - 2)
-    mean, std = (np.asarray(v, np.float32).reshape(per_channel) for v in (preprocess.mean, preprocess.std))
-    scaled: Array = (values * np.float32(preprocess.scale) - mean) / std
-    return scaled
 
 
 def _random_feeds(built: Built, resolved: Resolved, pixels: bool) -> Iterator[dict[str, Tensor]]:
@@ -117,13 +107,6 @@ def check_logits(logits: Array, labels: Array) -> None:
         )
     if not np.isfinite(logits).all():
         raise CheckFailed("the model's own output is not finite", where="held-out samples", fix="check the checkpoint")
-
-
-def batches(x: Array, size: int) -> Iterator[Array]:
-    """Consecutive batches of exactly ``size``; the last one is filled up with its own last sample."""
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]) if len(part) < size else part
 
 
 def _first_nonfinite(model: nn.Module, inputs: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from edgeattn import targets
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array, Numerics, compare
+from edgeattn.core.specs import batches
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.diverge import first_divergence, own_rounding
 from edgeattn.pipeline.stages.lower import artifact_of
@@ -30,8 +31,6 @@ def _task(context: Context, runtime: Runtime, inputs: Sequence[Tensor]) -> dict[
     reference = context.results["reference"]
     if "heldout" not in reference.facts:
         return None
-    from edgeattn.pipeline.stages.reference import batches
-
     with np.load(reference.folder / "heldout.npz", allow_pickle=False) as data:
         x, y, logits = data["x"], data["y"], data["logits"]
     spec = inputs[0]

@@ -27,15 +27,6 @@ def _saturates(machine: str, extensions: Sequence[str]) -> bool:
     return machine not in ("aarch64", "arm64") and not set(_VNNI) & set(extensions)
 
 
-def _extensions() -> list[str]:
-    """Of this machine's CPU, as Linux names them; none are known elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
-
-
 class OnnxTarget(Target):
     """Lowers with ``torch.onnx`` (opset 20), runs with ONNX Runtime's CPU provider."""
 
@@ -86,7 +77,7 @@ class OnnxTarget(Target):
         # Weights of 8 bits are for CPUs that do not saturate. Where this one does, operations are computed one by one
         # as the graph says, or the numbers would be this machine's and not the device's.
         full = artifact.facts.get("weight_range") == FULL
-        return OnnxRuntime(artifact, optimized=not (full and _saturates(platform.machine(), _extensions())))
+        return OnnxRuntime(artifact, optimized=not (full and _saturates(platform.machine(), tools.cpu_extensions())))
 
     def package(self) -> str:
         """The runner needs ONNX Runtime alone."""

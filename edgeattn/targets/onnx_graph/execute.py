@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
 from edgeattn.targets.onnx_graph import files
 
 #: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.
@@ -174,6 +174,21 @@ class OnnxRuntime:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
-        """Every float tensor of the graph, in order; see ``trace_model``."""
-        return trace_model(ir.load(self._path(entry)), feeds)
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
+        """Every float tensor of the graph, in order; see ``Tracer``."""
+        return Tracer(ir.load(self._path(entry)), wanted).over([feeds])
+
+    def steps(self, entry: str) -> list[Step]:
+        """The nodes of the graph."""
+        graph = ir.load(self._path(entry)).graph
+        return [
+            Step(
+                tuple(str(v.name) for v in node.outputs if v.name),
+                tuple(str(v.name) for v in node.inputs if v is not None and v.name not in graph.initializers),
+                module_of(node),
+                node.op_type,
+            )
+            for node in graph
+        ]

@@ -20,8 +20,6 @@ from edgeattn.quant.plan import QuantPlan
 from edgeattn.targets.onnx_graph.execute import Tracer, module_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-#: Between two weighted operations these hand a tensor on, so that it still is the first one's output.
-_HANDS_ON = ("Relu", "Reshape", "Transpose", "Flatten", "Identity", "Squeeze", "Unsqueeze")
 
 
 def _int8(value: Array) -> Array:
@@ -150,14 +148,6 @@ def _along(scales: Array, axis: int, rank: int) -> Array:
     return scales.reshape([-1 if i == axis else 1 for i in range(rank)]) if scales.ndim else scales
 
 
-def made_by(value: ir.Value) -> ir.Node | None:
-    """The operation that a tensor is the output of, seen through those that only hand it on."""
-    node = value.producer()
-    while node is not None and node.op_type in _HANDS_ON and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node
-
-
 def _rounded_output(node: ir.Node) -> ir.Value:
     """Where a convolution's output is quantized: behind the ReLU that alone reads it, which costs nothing then."""
     value = node.outputs[0]
@@ -245,7 +235,7 @@ class Calibration:
 
     Args:
         model: its tensors in float32 or float16. samples: at least one; they are gone through once.
-        plan: which modules stay in floats. Their outputs are not rounded for those that read them, either.
+        plan: which modules stay in floats, and which read data in floats.
     """
 
     def __init__(
@@ -279,14 +269,11 @@ class Calibration:
 
     def _chosen(self, model: ir.Model) -> Iterator[tuple[Weighted, ir.Value | None, ir.Value | None]]:
         """The operations that the plan quantizes; their data and their output as far as these are rounded."""
-        found = weighted(model)
-        floats = {id(w.node) for w in found if self.plan.scheme(module_of(w.node)).floats}
-        for w in found:
+        for w in weighted(model):
             scheme = self.plan.scheme(module_of(w.node))
             if scheme.floats:
                 continue
-            maker = made_by(w.data)
-            rounds = scheme.data < 32 and (maker is None or id(maker) not in floats)
+            rounds = scheme.data < 32
             output = _rounded_output(w.node) if self.numbers.for_cpu and rounds and w.node.op_type == "Conv" else None
             if output is not None and output.is_graph_output():
                 output = None  # what the caller gets is not rounded

@@ -151,8 +151,8 @@ def note_modules(model: ir.Model, **modules: str) -> ir.Model:
 @pytest.mark.parametrize("numbers", [qdq.NUMBERS["w8a8"], qdq.CPU_INT8], ids=["tensorrt", "cpu"])
 def test_a_kept_module_and_what_goes_in_and_out_of_it_stay_in_floats(numbers: qdq.Numbers) -> None:
     model = note_modules(graph(), c="a.conv", m="b.middle", y="c.head")
-    keep = (Keep(modules=("b",)),)
-    calibration = qdq.Calibration(model, SAMPLES, numbers, QuantPlan("w8a8", keep=keep))
+    plan = QuantPlan("w8a8", keep=(Keep(modules=("b",)),), float_data=frozenset(["c.head"]))
+    calibration = qdq.Calibration(model, SAMPLES, numbers, plan)
     assert [fact["module"] for fact in calibration.facts()] == ["a.conv", "c.head"]
     quantized = calibration.apply(model)
     by_op = {node.op_type: node for node in quantized.graph}
