@@ -27,6 +27,11 @@ RUNNER_PARTS = {
 }
 
 
+#: Held-out samples that travel with a bundle, and what scores them there.
+SCORED = "heldout.npz"
+_SCORE = {"run_score.py": RUNNER.with_name("runner_score.py")}
+
+
 @dataclass(frozen=True)
 class Verified:
     """What ``Bundle.verify`` found to hold.
@@ -218,8 +223,9 @@ def write_bundle(
         shutil.copytree(golden, folder / "golden")
         if any(info.requirement for info in manifest.artifacts):
             shutil.copyfile(RUNNER, folder / "run.py")
-            for info in manifest.artifacts:
-                for name, source in RUNNER_PARTS.get(info.backend, {}).items():
+            parts = [RUNNER_PARTS.get(info.backend, {}) for info in manifest.artifacts]
+            for part in [*parts, *([_SCORE] if (folder / SCORED).is_file() else [])]:
+                for name, source in part.items():
                     shutil.copyfile(source, folder / name)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         files: dict[str, Any] = {

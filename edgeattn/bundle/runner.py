@@ -38,7 +38,7 @@ MODULES = {
     **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
 #: Backends whose part of this runner is a module of its own beside it, which uses this one as ``run``.
-PARTS = {"coreml": "run_coreml", "tensorrt": "run_tensorrt"}
+PARTS = {"coreml": "run_coreml", "tensorrt": "run_tensorrt", "score": "run_score"}
 Data = dict[str, Any]
 Run = Callable[[Data], Data]
 
@@ -479,6 +479,8 @@ def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads
 
 def show(result: Data) -> str:
     """The result for a person."""
+    if "text" in result:
+        return str(result["text"])
     lines = []
     if "outputs" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
@@ -524,6 +526,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="check files and golden outputs (the default)")
     what.add_argument("--profile", action="store_true", help="measure the latency")
+    what.add_argument("--score", action="store_true", help="top-1 accuracy on the held-out samples, if there are some")
     what.add_argument("--input", action="append", default=[], metavar="NAME=FILE.npy", help="run on your own data")
     what.add_argument("--step", help=argparse.SUPPRESS)  # a child: [backend, its own part's job or null for golden]
     parser.add_argument("--entry", default="main", help="which graph to run (default: main)")
@@ -562,6 +565,10 @@ def work(options: argparse.Namespace) -> Data:
     about = {"bundle": manifest["name"], "python": sys.version.split()[0], "machine": platform.machine()}
     if options.input:
         result = run_inputs(manifest, part_of(manifest, options.backend), options.input, options.entry, threads)
+    elif options.score and "heldout.npz" not in manifest["files"]:
+        raise Problem(2, "the bundle has no held-out samples to be scored on", "run.py --verify compares golden ones")
+    elif options.score:
+        result = own("score").score(manifest, part_of(manifest, options.backend), threads)
     elif options.profile:
         result = profile(manifest, part_of(manifest, options.backend), options, threads)
     else:

@@ -159,7 +159,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
     for line in info.facts.get("quantize", {}).get("words", ()):
         facts.add_row(f"calibration{which}", escape(line))
     for line in info.facts.get("advice", ()):
-        facts.add_row(f"speed{which}", escape(line))
+        facts.add_row(f"advice{which}", escape(line))
     for name, entry in info.facts.get("entries", {}).items():
         kept = entry.get("kept_in_fp32")
         if kept is not None:

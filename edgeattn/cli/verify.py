@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 @click.command("verify", short_help="Re-hash a bundle and re-run its golden inputs.")
 @click.argument("bundle", type=click.Path())
 @click.option("--device", "-d", help="Do it there: a device's name, ssh://user@host, qemu://cortex-a76, local.")
+@click.option("--score", is_flag=True, help="Score the held-out samples instead, here or on the device.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(bundle: str, device: str | None, as_json: bool) -> None:
+def command(bundle: str, device: str | None, score: bool, as_json: bool) -> None:
     """Re-hash every file of BUNDLE and re-run its golden inputs here; works without PyTorch.
 
-    With --device the bundle's own run.py does so on the device.
+    With --device the bundle's own run.py does so on the device. With --score it counts how many of the held-out samples
+    each artifact gets right there; on an emulated CPU too, whose kernels are not those of this machine.
     """
     import json
 
@@ -25,6 +27,9 @@ def command(bundle: str, device: str | None, as_json: bool) -> None:
     from edgeattn.cli._show import console, numerics_rows, table
 
     opened = Bundle.open(bundle)
+    if score:
+        _score(opened, device or "local", as_json)
+        return
     if device is not None:
         _on_device(opened, device, as_json)
         return
@@ -48,6 +53,31 @@ def command(bundle: str, device: str | None, as_json: bool) -> None:
     )
     for sentence in verified.unproven:
         out.print(f"[yellow]{sentence}[/yellow]")
+
+
+def _score(bundle: Bundle, device: str, as_json: bool) -> None:
+    import json
+
+    from edgeattn.cli._show import Status, console, table
+    from edgeattn.profile.transports import open_transport
+
+    transport = open_transport(device)
+    backends = [info.backend for info in bundle.manifest.artifacts]
+    with Status() as status:
+        runs = [["--score", "--backend", name] for name in backends]
+        answers = transport.run_all(bundle.path, runs, status.say)
+    if as_json:
+        click.echo(json.dumps([{"device": device, "emulated": transport.emulated, **one} for one in answers], indent=1))
+        return
+    out = console()
+    rows = table("backend", "runtime", "right", "accuracy", "PyTorch", "drop", right=("right", "accuracy", "drop"))
+    for one in answers:
+        right, theirs = f"{one['correct']} of {one['samples']}", f"{one['reference_correct'] / one['samples']:.2%}"
+        accuracy, drop = f"{one['accuracy']:.2%}", f"{100 * one['drop']:.2f} points"
+        rows.add_row(one["backend"], one["runtime"], right, accuracy, theirs, drop)
+    out.print(rows)
+    out.print()
+    out.print(f"{bundle.manifest.name} on {transport.url}{', emulated' if transport.emulated else ''}", markup=False)
 
 
 def _on_device(bundle: Bundle, device: str, as_json: bool) -> None:

@@ -85,3 +85,26 @@ def compare(reference: Array, other: Array) -> Numerics:
 def compare_all(reference: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Numerics]:
     """``compare`` for every named output of ``reference``; a missing one is a KeyError."""
     return {name: compare(value, other[name]) for name, value in reference.items()}
+
+
+def lost_slices(reference: Array, other: Array) -> dict[int, list[int]]:
+    """Slices of a tensor in which nothing is left of what the reference tells apart, by axis.
+
+    The error in them is larger than the reference's own variation: a mean would do as well. One measure over the whole
+    tensor does not see that, where other slices are larger: the scores beside boxes in pixels, say.
+
+    Args:
+        reference, other: (B, ...) of one shape, finite. The first axis is no axis to look along, nor is one whose
+            slices hold fewer than 16 numbers.
+    """
+    found: dict[int, list[int]] = {}
+    for axis in range(1, reference.ndim):
+        count = reference.shape[axis]
+        if count < 2 or reference.size < 16 * count:
+            continue
+        r, y = (np.moveaxis(v.astype(np.float64), axis, 0).reshape(count, -1) for v in (reference, other))
+        varies = np.square(r - r.mean(axis=1, keepdims=True)).sum(axis=1)
+        lost = (np.square(y - r).sum(axis=1) > varies) & (varies > 0)
+        if lost.any():
+            found[axis] = [int(i) for i in np.flatnonzero(lost)]
+    return found

@@ -49,9 +49,10 @@ def advise(job: Job, run: Finished, cache: Cache, progress: Progress) -> list[st
     if not job.quant.quantizes:
         return []
     words = []
-    if job.target in _RUN_HERE:
-        words.append(_measured(job, run, cache, progress))
     place = devices.resolve(job.device) if job.device else None
+    # Made for another kind of CPU, it is not run here as it is there.
+    if job.target in _RUN_HERE and (place is None or place.machine in ("any", tools.host()["machine"])):
+        words.append(_measured(job, run, cache, progress))
     if place is not None and place.kind != "host":
         words += _documented(job.precision, place)
     return words

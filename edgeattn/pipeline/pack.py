@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeattn import targets
 from edgeattn.bundle import Bundle, Manifest, write_bundle
+from edgeattn.bundle.bundle import SCORED
 from edgeattn.bundle.manifest import ArtifactInfo, EntryInfo, RuntimeInfo, StageInfo, TensorInfo, Weights
 from edgeattn.core import tools
 from edgeattn.core.specs import shape_words
@@ -20,6 +21,8 @@ from edgeattn.pipeline.run import Finished
 from edgeattn.pipeline.stages.lower import entries_of
 from edgeattn.targets.base import BGR, NHWC, Tensor, own_feeds
 
+#: Held-out samples up to this many bytes travel with a bundle, so that it can be scored on a device.
+LARGEST_SCORED = 8_000_000
 #: What a layout means, for the README.
 _LAYOUTS = {NHWC: ", channels last", BGR: ", blue first"}
 
@@ -58,7 +61,8 @@ def _quantization(job: Job, run: Finished) -> dict[str, Any]:
     """What a quantized artifact was measured on, and what that is good for; {} for others."""
     if not job.quant.quantizes:
         return {}
-    return {"quantize": run.records["quantize"].facts, "advice": list(run.advice)}
+    warnings = run.records["verify"].facts["warnings"]
+    return {"quantize": run.records["quantize"].facts, "advice": [*run.advice, *warnings]}
 
 
 def _manifest(job: Job, runs: Mapping[str, Finished], order: Sequence[str], key: str, choice: Any) -> Manifest:
@@ -184,6 +188,9 @@ def pack(
     """
     manifest = _manifest(job, runs, order, key, choice)
     files = {run.records["lower"].folder / name: name for run in runs.values() for name in run.records["lower"].files}
+    if job.resolved.heldout and manifest.task and not manifest.entries["main"].inputs[0].pixels:
+        heldout = Path(job.resolved.heldout)
+        files |= {heldout: SCORED} if heldout.stat().st_size <= LARGEST_SCORED else {}
     front = runs[order[0]].records
     inputs = entries_of(front["lower"].facts)["main"].inputs
     with tempfile.TemporaryDirectory() as folder:

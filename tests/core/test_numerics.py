@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgeattn.core.numerics import compare, compare_all
+from edgeattn.core.numerics import compare, compare_all, lost_slices
 
 arrays = hnp.arrays(
     np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -101,3 +101,20 @@ def test_scaling_both_changes_nothing_and_scaling_one_is_the_relative_error(x, s
     assert n.cosine == pytest.approx(1.0)
     assert n.holds(off * 1.01)
     assert not n.holds(off * 0.99)
+
+
+def test_lost_slices_are_found_where_the_whole_holds() -> None:
+    rng = np.random.default_rng(0)
+    boxes, scores = rng.uniform(0, 640, (1, 4, 100)), rng.uniform(0, 1, (1, 3, 100))
+    reference = np.concatenate([boxes, scores], axis=1).astype(np.float32)
+    step = 640 / 255
+    rounded = (np.rint(reference / step) * step).astype(np.float32)
+    assert compare(reference, rounded).relative_l2 < 0.01
+    assert lost_slices(reference, rounded) == {1: [4, 5, 6]}
+    assert lost_slices(reference, reference) == {}
+
+
+def test_constant_and_short_slices_are_never_lost() -> None:
+    reference = np.ones((1, 3, 50), np.float32)
+    assert lost_slices(reference, reference + 1) == {}
+    assert lost_slices(np.eye(4, dtype=np.float32)[None], np.zeros((1, 4, 4), np.float32)) == {}
