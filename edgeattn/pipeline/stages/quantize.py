@@ -10,10 +10,11 @@ from typing import Any
 from edgeattn.capture import Program
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.core.numerics import Array
-from edgeattn.models.build import Built
+from edgeattn.core.specs import TensorSpec
 from edgeattn.pipeline.context import Context
 from edgeattn.quant.calibration import CalibrationStream
 from edgeattn.quant.coverage import coverage
+from edgeattn.reparam.proof import PTQ_GROWTH
 
 #: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
 LOOKED_AT = 32
@@ -33,22 +34,32 @@ def _stream(context: Context, limit: int | None = None) -> tuple[CalibrationStre
     Args:
         limit: so many at most.
     """
-    resolved, built = context.job.resolved, context.value("build")
-    assert isinstance(built, Built)
+    resolved, golden = context.job.resolved, [feeds for feeds, _ in context.golden()]
+    # The first sample has the usual shapes; a timm model's recipe names no inputs.
+    inputs = resolved.recipe.specs() or [TensorSpec(n, v.shape, str(v.dtype)) for n, v in golden[0].items()]
     spec = resolved.recipe.calibration
     if spec is not None:
         assert resolved.calibration is not None
         count = min(spec.samples, limit or spec.samples)
         spec = spec.model_copy(update={"source": resolved.calibration, "samples": count})
-        return CalibrationStream.of_spec(spec, built.specs, resolved.recipe.preprocess, resolved.folder), []
+        return CalibrationStream.of_spec(spec, inputs, resolved.recipe.preprocess, resolved.folder), []
     data = context.results["reference"].facts["data"]
-    golden = [feeds for feeds, _ in context.golden()]
-    shapes = {spec.name: spec.shape for spec in built.specs}
+    shapes = {spec.name: spec.shape for spec in inputs}
     usual = [feeds for feeds in golden if all(value.shape == shapes[name] for name, value in feeds.items())]
     words = f"{len(usual)} golden samples ({data}), as the recipe names none: give --calibration"
     if data == "random":
         words = "random inputs, for there are no samples: ranges mean nothing for real data; give --calibration"
-    return CalibrationStream.of_feeds(usual, built.specs, f"golden samples ({data})"), [words]
+    return CalibrationStream.of_feeds(usual, inputs, f"golden samples ({data})"), [words]
+
+
+def _outliers(proof: Mapping[str, Any]) -> list[str]:
+    """What reparameterization found to be hard to quantize: a few weights that leave no resolution to the others."""
+    blocks = [b for b in proof["fused"] if min(b["range_growth"] or 0, b["crest_growth"] or 0) > PTQ_GROWTH]
+    return [
+        f"module {b['path']}: fusing left weights {b['crest_growth']:.0f} times further from the typical one than before; "
+        f"if the numbers do not hold, --keep {b['path']}"
+        for b in blocks
+    ]
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -82,6 +93,7 @@ def run(context: Context) -> dict[str, Any]:
     return {
         "calibration": about,
         "words": [f"{used} of {about['source']}", *words, *report["warnings"]],
+        "risks": _outliers(context.results["reparameterize"].facts["proof"]),
         "coverage": {key: report[key] for key in ("samples", "settled", "settled_half", "constant", "inputs")},
     }
 

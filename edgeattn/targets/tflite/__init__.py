@@ -37,8 +37,9 @@ class TFLiteTarget(Target):
         return Availability(True, ", ".join(f"{name} {version}" for name, version in found.items()))
 
     def precisions(self, device: Device | None) -> tuple[str, ...]:
-        """fp32; weights in float16; weights in int8 whose activations are quantized as the program runs."""
-        return ("fp32", "fp16", "w8")
+        """fp32, fp16, int8 weights, int8 weights and data; int4 weights where LiteRT computes them."""
+        held = ("fp32", "fp16", "w8", "w8a8", "w4")
+        return held[:-1] if device is not None and device.runtimes.get(self.name) == TFLITE_RUNTIME else held
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """The converter's packages; for the smaller precisions the quantizer too."""
@@ -61,6 +62,14 @@ class TFLiteTarget(Target):
         from edgeattn.targets.tflite.runtime import LiteRuntime
 
         return LiteRuntime(artifact)
+
+    def adopt(self, path: Path) -> Artifact | None:
+        """See ``Target.adopt``; a .tflite file with signatures, whoever made it."""
+        if path.suffix != ".tflite":
+            return None
+        from edgeattn.targets.tflite.runtime import adopt
+
+        return adopt(path)
 
     def lint(self, program: Program, device: Device | None) -> list[Finding]:
         """See ``Target.lint``; the rules are in ``lint.toml``."""

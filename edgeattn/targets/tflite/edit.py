@@ -18,17 +18,18 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
 
 
 class Builder:
-    """Adds nodes before a given one, with their values and that one's place in the model."""
+    """Adds nodes before a given one, with their values and its place in the model, or that of another one."""
 
-    def __init__(self, module: fx.GraphModule, before: fx.Node) -> None:
+    def __init__(self, module: fx.GraphModule, before: fx.Node, place: fx.Node | None = None) -> None:
         self.module, self.before = module, before
+        self._place = {k: v for k, v in (place or before).meta.items() if k != "val"}
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         """``function(*args)``."""
         with self.module.graph.inserting_before(self.before):
             node = self.module.graph.call_function(function, args)
         values = fx.map_arg(args, lambda n: n.meta["val"])
-        node.meta.update({k: v for k, v in self.before.meta.items() if k != "val"}, val=function(*values))
+        node.meta.update(self._place, val=function(*values))
         return node
 
     def constant(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
@@ -38,6 +39,6 @@ class Builder:
         with self.module.graph.inserting_before(self.before):
             node = self.module.graph.get_attr(name)
         mode = getattr(like.meta["val"], "fake_mode", None)
-        node.meta.update({k: v for k, v in self.before.meta.items() if k != "val"})
+        node.meta.update(self._place)
         node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode else value
         return node

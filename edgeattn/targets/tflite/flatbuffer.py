@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flatbuffers
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from edgeattn.targets.base import Tensor
@@ -22,6 +23,7 @@ _DTYPES = {
     schema.TensorType.INT64: "int64",
     schema.TensorType.INT16: "int16",
     schema.TensorType.INT8: "int8",
+    schema.TensorType.INT4: "int4",
     schema.TensorType.UINT8: "uint8",
     schema.TensorType.BOOL: "bool",
     schema.TensorType.FLOAT64: "float64",
@@ -34,8 +36,16 @@ def _operator_names() -> dict[int, str]:
 
 
 def read(data: bytes) -> Any:
-    """The model as the schema's object (``ModelT``)."""
-    return schema.ModelT.InitFromPackedBuf(data, 0)
+    """The model as the schema's object (``ModelT``), with all buffers in it.
+
+    ai-edge-quantizer appends the large ones of a large file to the flatbuffer, and says where they are.
+    """
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:  # 0 and 1 stand for none
+            buffer.data = np.frombuffer(data, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    return model
 
 
 def write(model: Any) -> bytes:
@@ -88,17 +98,25 @@ def signature(model: Any, entry: str) -> Any:
     raise KeyError(entry)
 
 
-def rename(model: Any, entry: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Give a converted entry's inputs and outputs the recipe's names, in its signature and as tensors.
+def is_constant(model: Any, graph: Any, tensor: int) -> bool:
+    """Whether the file holds the numbers of a tensor of this number."""
+    data = model.buffers[graph.tensors[tensor].buffer].data
+    return tensor >= 0 and data is not None and len(data) > 0
 
-    The converter numbers them: ``args_0``, ``output_0``.
-    """
+
+def numbered(side: Sequence[Any]) -> dict[int, Any]:
+    """A converted signature's inputs or outputs by their place: the converter calls them ``args_0``, ``output_0``."""
+    return {int(text(one.name).rpartition("_")[2]): one for one in side}
+
+
+def rename(model: Any, entry: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give a converted entry's inputs and outputs the recipe's names, in its signature and as tensors."""
     item = signature(model, entry)
     tensors = model.subgraphs[item.subgraphIndex].tensors
     for side, names in ((item.inputs, inputs), (item.outputs, outputs)):
-        numbered = {int(text(one.name).rpartition("_")[2]): one for one in side}
-        for number, name in enumerate(names):
-            numbered[number].name = name.encode()
+        by_place = numbered(side)
+        for place, name in enumerate(names):
+            by_place[place].name = name.encode()
     # Outputs first: a tensor that is both keeps its input's name.
     for one in (*item.outputs, *item.inputs):
         tensors[one.tensorIndex].name = one.name

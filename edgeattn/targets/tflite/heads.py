@@ -76,13 +76,13 @@ def _project(module: fx.GraphModule, view: fx.Node) -> bool:
     bias = _value(module, conv.args[2]) if has_bias else None
     if weight is None or (has_bias and bias is None):
         return False
-    add = Builder(module, view)
+    add, own = Builder(module, view), Builder(module, view, conv)
     split = weight[:, :, 0, 0].reshape(heads, width, -1).transpose(1, 2).contiguous()
     last = add(aten.permute.default, source, [0, 2, 3, 1])
     flat = add(aten.reshape.default, last, [batch, 1, tokens, split.shape[1]])
-    made = add(aten.matmul.default, flat, add.constant(split[None], conv))
+    made = own(aten.matmul.default, flat, own.constant(split[None], conv))
     if bias is not None:
-        made = add(aten.add.Tensor, made, add.constant(bias.reshape(1, heads, 1, width).contiguous(), conv))
+        made = own(aten.add.Tensor, made, own.constant(bias.reshape(1, heads, 1, width).contiguous(), conv))
     for user in list(view.users):
         if _is_swap(user):
             user.replace_all_uses_with(made)

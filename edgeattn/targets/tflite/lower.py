@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,8 +16,9 @@ from torch import fx
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError
 from edgeattn.core.quiet import quiet
-from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.base import NHWC, Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.tflite import flatbuffer
+from edgeattn.targets.tflite.fp16 import to_fp16
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
 from edgeattn.targets.tflite.matmul import matmuls
@@ -24,6 +26,7 @@ from edgeattn.targets.tflite.modules import marked, modules, note_outputs, paths
 from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
 from edgeattn.targets.tflite.versions import too_new
+from edgeattn.targets.tflite.xnnpack import check_blocks
 
 #: One file holds all entries.
 FILE = "model.tflite"
@@ -187,6 +190,27 @@ def _failure(program: Program, error: Exception) -> ConversionFailed:
     )
 
 
+def _inputs(model: Any, name: str, entry: Entry, images: frozenset[int]) -> tuple[Tensor, ...]:
+    """Inputs of a converted entry, with the recipe's names.
+
+    Args:
+        images: numbers of those that have their channels last.
+    """
+    item = flatbuffer.signature(model, name)
+    numbered, graph = flatbuffer.numbered(item.inputs), model.subgraphs[item.subgraphIndex]
+    return tuple(
+        flatbuffer.tensor_of(graph, numbered[i].tensorIndex, n, NHWC if i in images else "")
+        for i, n in enumerate(entry.inputs)
+    )
+
+
+def _outputs(model: Any, name: str, entry: Entry) -> tuple[Tensor, ...]:
+    """Outputs of a renamed entry."""
+    item = flatbuffer.signature(model, name)
+    where = {flatbuffer.text(one.name): one.tensorIndex for one in item.outputs}
+    return tuple(flatbuffer.tensor_of(model.subgraphs[item.subgraphIndex], where[n], n) for n in entry.outputs)
+
+
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write ``model.tflite`` into ``out``: a signature for each entry, with the recipe's names.
 
@@ -195,7 +219,9 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     know is among the findings, as an error.
 
     Raises:
-        ConversionFailed: lists the operations without a TFLite form and their modules; or the weights are too large.
+        ConversionFailed: lists the operations without a TFLite form and their modules; the weights are too large; or
+            the runtime would compute the precision wrong.
+        CheckFailed: there is nothing to quantize, or there are no samples to measure ranges on.
     """
     _check_size(program)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax, which the converter traces with, looks for a TPU otherwise
@@ -205,10 +231,15 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         put_last_first(model, name, one.places)
     flatbuffer.distinct_names(model)
     matmuls(model)
+    inputs = {name: _inputs(model, name, entry, prepared[name].images) for name, entry in program.entries.items()}
     would_do = ""
+    quantized: dict[str, dict[str, Any]] = {}
     if plan.precision != "fp32":
         would_do = "" if any(too_new(model, name) for name in program.entries) else "fp32"
-        model = quantize(model, plan)
+    if plan.precision == "fp16":
+        to_fp16(model)
+    elif plan.precision != "fp32":
+        model, quantized = quantize(model, plan, inputs)
     for name, entry in program.entries.items():
         flatbuffer.rename(model, name, entry.inputs, entry.outputs)
         note_outputs(model, name, prepared[name].came_from)
@@ -218,22 +249,14 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     (out / FILE).write_bytes(written)
     entries, facts, findings = {}, {}, []
     for name, entry in program.entries.items():
-        item = flatbuffer.signature(model, name)
-        graph = model.subgraphs[item.subgraphIndex]
-        where = {flatbuffer.text(t.name): t.tensorIndex for t in (*item.inputs, *item.outputs)}
-        entries[name] = ArtifactEntry(
-            FILE,
-            tuple(
-                flatbuffer.tensor_of(graph, where[n], n, NHWC if i in prepared[name].images else "")
-                for i, n in enumerate(entry.inputs)
-            ),
-            tuple(flatbuffer.tensor_of(graph, where[n], n) for n in entry.outputs),
-        )
+        entries[name] = ArtifactEntry(FILE, inputs[name], _outputs(model, name, entry))
         facts[name] = {
             **flatbuffer.facts(model, name, modules(model, name)),
             "weight_bytes": flatbuffer.weight_bytes(model),
             "projections_without_transpose": prepared[name].rewritten,
+            **({"quantized": quantized[name]} if name in quantized else {}),
         }
+        check_blocks(model, name, written)
         findings += lint_flatbuffer(model, name, facts[name], written, runtime=plan.runtime, would_do=would_do)
     return Artifact(
         out,

@@ -27,8 +27,7 @@ def matmuls(model: Any) -> int:
             if flatbuffer.operator_name(model, operator) != "FULLY_CONNECTED":
                 continue
             options, (x, w, *bias) = operator.builtinOptions, operator.inputs
-            data = model.buffers[graph.tensors[w].buffer].data
-            computed = w in inputs or data is None or not len(data)
+            computed = w in inputs or not flatbuffer.is_constant(model, graph, w)
             plain = options.fusedActivationFunction == schema.ActivationFunctionType.NONE and not any(
                 b >= 0 for b in bias
             )

@@ -79,3 +79,15 @@ def modules(model: Any, entry: str) -> list[str]:
     for output in item.outputs:
         found[output.tensorIndex] = outputs.get(flatbuffer.text(output.name), found[output.tensorIndex])
     return found
+
+
+def module_of_weights(graph: Any, operator: Any, output: str) -> str:
+    """Path of the torch module whose weights an operation reads as its second input.
+
+    The tensor of the weights is named after it; that of the output after what was fused with it, too.
+
+    Args:
+        output: the path for the output, which it is where modules share their weights.
+    """
+    own, fused = (paths_in(flatbuffer.text(graph.tensors[i].name)) for i in (operator.inputs[1], operator.outputs[0]))
+    return next((path for path in own if path in fused or not fused), output)

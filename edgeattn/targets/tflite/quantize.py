@@ -1,119 +1,135 @@
-"""Smaller weights: float16 by our own cast of every weight, int8 by ai-edge-quantizer."""
+"""Integers for weights and data, by ai-edge-quantizer: what, and with which ranges, is the plan's to say."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
-from edgeattn.core.errors import ConversionFailed
-from edgeattn.targets.base import LowerPlan
+from edgeattn.core.errors import CheckFailed, ConversionFailed
+from edgeattn.core.quiet import quiet
+from edgeattn.quant.plan import QuantPlan
+from edgeattn.targets.base import LowerPlan, Tensor
 from edgeattn.targets.tflite import TFLITE_RUNTIME, flatbuffer
+from edgeattn.targets.tflite.operations import FLOAT, MEASURED, Operation, operations
+from edgeattn.targets.tflite.pointwise import connect, is_pointwise
+from edgeattn.targets.tflite.ranges import measure
 
-#: Weights with fewer elements than this stay in float32: a bias is no size to speak of, and its digits are cheap.
-FEW = 256
+#: What a precision is made of, in words.
+_NUMBERS = {"w8a8": "int8 weights and data", "w8": "int8 weights", "w4": "int4 weights"}
+_NUMBERED = re.compile(r"\d+\.\d+\.")
 
-_LARGEST_HALF = float(np.finfo(np.float16).max)
 
-
-def to_fp16(model: Any) -> int:
-    """Store weights in float16, each with a DEQUANTIZE in front of the operations that read it.
-
-    Given: a float32 model. Result: the same with every float32 constant of ``FEW`` elements or more in half its bytes;
-    runtimes unpack it once at load, and compute in float32. Constants beyond float16's range stay.
+def _number(model: Any) -> dict[str, str]:
+    """Name every tensor by its graph and number: the quantizer finds operations and ranges by names of the whole file.
 
     Returns:
-        The number of weights that were cast.
+        The names that they had.
     """
-    dequantize = schema.OperatorCodeT()
-    dequantize.builtinCode = dequantize.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
-    dequantize.version = 3  # the first that takes float16
-    code = len(model.operatorCodes)
-    halves: dict[int, int] = {}  # buffers of float32 -> of float16
-    count = 0
+    names = {}
+    for number, graph in enumerate(model.subgraphs):
+        for index, tensor in enumerate(graph.tensors):
+            names[f"{number}.{index}."] = flatbuffer.text(tensor.name)
+            tensor.name = f"{number}.{index}.".encode()
+    return names
+
+
+def _name(model: Any, names: Mapping[str, str]) -> None:
+    """The opposite; what the quantizer added is named after what it was made of, and after that."""
     for graph in model.subgraphs:
-        outside = {*graph.inputs, *graph.outputs}
-        before = []
-        for index in range(len(graph.tensors)):
-            tensor = graph.tensors[index]
-            data = model.buffers[tensor.buffer].data
-            if tensor.type != schema.TensorType.FLOAT32 or data is None or index in outside:
-                continue
-            values = np.frombuffer(bytes(data), np.float32)
-            if values.size < FEW or not np.isfinite(values).all() or np.abs(values).max() > _LARGEST_HALF:
-                continue
-            if tensor.buffer not in halves:
-                buffer = schema.BufferT()
-                buffer.data = np.frombuffer(values.astype(np.float16).tobytes(), np.uint8)
-                halves[tensor.buffer] = len(model.buffers)
-                model.buffers.append(buffer)
-            half = schema.TensorT()
-            half.name = flatbuffer.text(tensor.name).encode() + b"_fp16"
-            half.shape, half.type, half.buffer = tensor.shape, schema.TensorType.FLOAT16, halves[tensor.buffer]
-            unpack = schema.OperatorT()
-            unpack.opcodeIndex, unpack.inputs, unpack.outputs = code, [len(graph.tensors)], [index]
-            graph.tensors.append(half)
-            before.append(unpack)
-            tensor.buffer = 0  # by convention the empty one
-            count += 1
-        graph.operators = [*before, *graph.operators]
-    if count:
-        model.operatorCodes.append(dequantize)
-    still_read = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
-    for index in set(halves) - still_read:
-        model.buffers[index].data = None
-    return count
+        for tensor in graph.tensors:
+            own = _NUMBERED.match(flatbuffer.text(tensor.name))
+            if own:
+                tensor.name = (names[own[0]] + flatbuffer.text(tensor.name)[own.end() :]).encode()
 
 
-def _kinds(runtime: str) -> dict[Any, Any]:
-    """Which operators get int8 weights, and whether with one scale a channel or one a tensor.
-
-    LiteRT computes all of them right with one a channel. Measured of tflite-runtime 2.14.0, relative L2 of one layer:
-
-    =================== ============= ============
-    operator            one a channel one a tensor
-    =================== ============= ============
-    FULLY_CONNECTED     0.997, wrong  0.009
-    BATCH_MATMUL        1.0, wrong    0.012
-    EMBEDDING_LOOKUP    1.0, wrong    0.009
-    CONV_2D             0.007         0.010, with groups 0.92
-    DEPTHWISE_CONV_2D   0.008         not finite
-    TRANSPOSE_CONV      not loaded    not loaded
-    =================== ============= ============
-    """
+def _add(worker: Any, operation: Operation) -> None:
+    """Tell the quantizer about one operation."""
     from ai_edge_quantizer import qtyping
 
-    of, scale = qtyping.TFLOperationName, qtyping.QuantGranularity
-    if runtime != TFLITE_RUNTIME:
-        return {of.ALL_SUPPORTED: scale.CHANNELWISE}
-    return {
-        **dict.fromkeys((of.CONV_2D, of.DEPTHWISE_CONV_2D), scale.CHANNELWISE),
-        **dict.fromkeys((of.FULLY_CONNECTED, of.BATCH_MATMUL, of.EMBEDDING_LOOKUP), scale.TENSORWISE),
-    }
+    how = operation.how
+    assert how is not None
+    scale = qtyping.QuantGranularity
+    granularity = scale[f"BLOCKWISE_{how.block}"] if how.block else scale.TENSORWISE if how.one_scale else (
+        scale.CHANNELWISE
+    )  # fmt: skip
+    names = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
+    kind = qtyping.TFLOperationName(names.get(operation.kind, operation.kind))
+    # An operation is found by its output's name, with a semicolon behind it.
+    regex = f"^{re.escape(f'{operation.graph}.{operation.output}.')};$"
+    if how.data == MEASURED:
+        worker.add_static_config(regex, kind, 8, how.bits, granularity)
+    elif how.data == FLOAT:
+        worker.add_weight_only_config(regex, kind, how.bits, granularity)
+    else:
+        worker.add_dynamic_config(regex, kind, how.bits, granularity)
 
 
-def _int8(model: Any, runtime: str) -> Any:
-    """int8 weights, whose activations are quantized as the program runs."""
+def _integers(model: Any, found: Sequence[Operation], ranges: Mapping[tuple[int, int], tuple[float, float]]) -> Any:
+    """The model with these operations in integers."""
     from ai_edge_quantizer import quantizer
 
+    names = _number(model)
     worker = quantizer.Quantizer(bytearray(flatbuffer.write(model)))
-    for kind, granularity in _kinds(runtime).items():
-        worker.add_dynamic_config(regex=".*", operation_name=kind, num_bits=8, granularity=granularity)
-    return flatbuffer.read(bytes(worker.quantize().quantized_model))
+    for operation in found:
+        _add(worker, operation)
+    known = {}
+    for (graph, tensor), (low, high) in ranges.items():
+        shape = (1,) * len(model.subgraphs[graph].tensors[tensor].shape)
+        # A tensor of nothing but zeros has a range of no width, which gives no scale.
+        ends = {"min": low, "max": high if high > low else low + 1.0}
+        known[f"{graph}.{tensor}."] = {key: np.full(shape, end, np.float32) for key, end in ends.items()}
+    made = worker.quantize(known or None, enable_progress_bar=False, enable_progress_report=False)
+    quantized = flatbuffer.read(bytes(made.quantized_model))
+    _name(quantized, names)
+    return quantized
 
 
-def quantize(model: Any, plan: LowerPlan) -> Any:
-    """The model in the plan's precision.
+def _refuse(plan: LowerPlan) -> None:
+    """Raises ConversionFailed for what tflite-runtime computes wrong, or not at all."""
+    if plan.precision == "w4" and plan.runtime == TFLITE_RUNTIME:
+        raise ConversionFailed(
+            "tflite-runtime cannot multiply int4 weights",
+            value="w4",
+            why="2.14.0 gives other numbers for blocks of them without an error, and does not unpack them",
+            fix="--precision w8; or a device that has ai-edge-litert",
+        )
+
+
+def quantize(
+    model: Any, plan: LowerPlan, inputs: Mapping[str, Sequence[Tensor]]
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The model in the plan's precision, and what is worth knowing of each entry.
+
+    Args:
+        model: in float32, fresh from the converter. inputs: of every entry, see ``ranges.measure``.
 
     Raises:
-        ConversionFailed: the quantizer cannot take it.
+        ConversionFailed: the quantizer cannot take it, or the runtime would compute it wrong.
+        CheckFailed: there is nothing to quantize, or nothing to measure ranges on.
     """
-    if plan.precision == "fp16":
-        to_fp16(model)
-        return model
+    _refuse(plan)
+    quant = plan.quant if plan.quant.quantizes else QuantPlan(plan.precision)
+    _connect(model, quant)
+    found = operations(model, quant, plan.runtime)
+    chosen = [operation for operation in found if operation.how is not None]
+    if not chosen:
+        raise CheckFailed(
+            "there is nothing to quantize",
+            value=plan.precision,
+            why="no operation with constant weights is left to it",
+            fix="--precision fp16, or keep fewer modules in floats",
+        )
+    measured = [o for o in chosen if o.how is not None and o.how.data == MEASURED]
+    ranges = {}
+    if measured:
+        wanted = {(o.graph, tensor) for o in measured for tensor in (o.data, o.output)}
+        ranges = measure(model, wanted, inputs, plan.calibration or plan.samples, quant.observer)
     try:
-        return _int8(model, plan.runtime)
+        with quiet():
+            made = _integers(model, chosen, ranges)
     except Exception as error:
         raise ConversionFailed(
             "the quantizer failed",
@@ -121,3 +137,28 @@ def quantize(model: Any, plan: LowerPlan) -> Any:
             why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:400],
             fix="--precision fp16 or fp32",
         ) from error
+    return made, {entry: _facts(model, entry, found, quant) for entry in inputs}
+
+
+def _connect(model: Any, quant: QuantPlan) -> None:
+    """1x1 convolutions whose weights will be int4 as fully connected layers."""
+    pointwise = {
+        (number, int(operator.outputs[0]))
+        for number, graph in enumerate(model.subgraphs)
+        for operator in graph.operators
+        if is_pointwise(model, graph, operator)
+    }
+    small = {(o.graph, o.output) for o in operations(model, quant, "") if o.scheme.weights == 4 and o.how is not None}
+    connect(model, pointwise & small)
+
+
+def _facts(model: Any, entry: str, found: Iterable[Operation], quant: QuantPlan) -> dict[str, Any]:
+    number = flatbuffer.signature(model, entry).subgraphIndex
+    own = [operation for operation in found if operation.graph == number]
+    left = [operation for operation in own if operation.how is None]
+    return {
+        "numbers": _NUMBERS[quant.precision],
+        "operations": [operation.fact() for operation in own if operation.how is not None],
+        "left_in_floats": [operation.name for operation in left],
+        "modules_in_floats": sorted({operation.module for operation in left}),
+    }

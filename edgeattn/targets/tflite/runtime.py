@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeattn.core.errors import CheckFailed
+from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, Step, TraceValue, check_feeds, entry_of
 from edgeattn.targets.tflite.litert import interpreter
 
 
@@ -41,24 +42,84 @@ class LiteRuntime:
             raise CheckFailed("LiteRT cannot run the file", value=entry, why=str(error).splitlines()[0]) from error
         return {spec.name: np.array(outputs[spec.name]) for spec in found.outputs}
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
-        """Every float tensor of the graph, in order, by LiteRT's own kernels without a delegate."""
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
+        """Every tensor of floats, or of integers that stand for some, in order, by LiteRT's own kernels.
+
+        The interpreter keeps what is wanted beside what it needs; all of it if nothing in particular is.
+        """
         from edgeattn.targets.tflite import flatbuffer
+        from edgeattn.targets.tflite.floats import in_floats, unpack
         from edgeattn.targets.tflite.modules import modules
 
         path = self._path(entry)
         model = flatbuffer.read(path.read_bytes())
         index = flatbuffer.signature(model, entry).subgraphIndex
-        opened = interpreter(path, delegate=False, experimental_preserve_all_tensors=True)
-        opened.get_signature_runner(entry)(**feeds)
         graph, paths = model.subgraphs[index], modules(model, entry)
+        made = [int(number) for operator in graph.operators for number in operator.outputs]
+        looked = {n for n in made if wanted is None or flatbuffer.text(graph.tensors[n].name) in wanted}
+        unpacked = bool(unpack(model))
+        if wanted is not None:
+            graph.outputs = [*graph.outputs, *sorted(looked.difference(graph.outputs))]
+        source = flatbuffer.write(model) if unpacked or wanted is not None else path
+        opened = interpreter(source, delegate=False, experimental_preserve_all_tensors=wanted is None)
+        opened.get_signature_runner(entry)(**feeds)
         for operator in graph.operators:
             kind = flatbuffer.operator_name(model, operator)
-            for number in operator.outputs:
+            for number in (n for n in operator.outputs if n in looked):
                 try:
                     value = np.array(opened.get_tensor(int(number), index))
                 except ValueError:
                     continue  # kept in no buffer: what a kernel uses for itself
+                value = in_floats(graph.tensors[number], value)
                 if value.dtype.kind == "f":
                     name = flatbuffer.text(graph.tensors[number].name)
                     yield TraceValue(name, paths[number], kind, value)
+
+    def steps(self, entry: str) -> list[Step]:
+        """The operators of the signature's graph."""
+        from edgeattn.targets.tflite import flatbuffer
+        from edgeattn.targets.tflite.modules import modules
+
+        model = flatbuffer.read(self._path(entry).read_bytes())
+        graph, paths = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex], modules(model, entry)
+        computed = {int(n) for operator in graph.operators for n in operator.outputs} | set(map(int, graph.inputs))
+
+        def names(numbers: Any) -> tuple[str, ...]:
+            return tuple(flatbuffer.text(graph.tensors[n].name) for n in numbers if n in computed)
+
+        return [
+            Step(names(o.outputs), names(o.inputs), paths[o.outputs[0]], flatbuffer.operator_name(model, o))
+            for o in graph.operators
+            if len(o.outputs)
+        ]
+
+
+def adopt(path: Path) -> Artifact:
+    """A file as it is: its signatures are the entries. Its precision is the one that EdgeAttn noted in it, or "".
+
+    Raises:
+        UsageError: it is no .tflite file, or it has no signatures.
+    """
+    from edgeattn.targets.tflite import flatbuffer
+
+    data = path.read_bytes()
+    if data[4:8] != b"TFL3":
+        raise UsageError("the .tflite file cannot be read", value=path, why="it does not begin as such a file does")
+    try:
+        model = flatbuffer.read(data)
+        entries = {}
+        for item in model.signatureDefs or ():
+            graph = model.subgraphs[item.subgraphIndex]
+            sides = (
+                tuple(flatbuffer.tensor_of(graph, one.tensorIndex, flatbuffer.text(one.name)) for one in side)
+                for side in (item.inputs, item.outputs)
+            )
+            entries[flatbuffer.text(item.signatureKey)] = ArtifactEntry(path.name, *sides)
+        precision = flatbuffer.metadata(model).get("precision", "")
+    except (IndexError, TypeError, ValueError, AttributeError, struct.error) as error:
+        raise UsageError("the .tflite file is damaged", value=path, why=str(error), fix="copy it again") from error
+    if not entries:
+        raise UsageError("the .tflite file has no signatures", value=path, fix="convert it anew, with a signature")
+    return Artifact(path.parent, precision, entries, {"adopted": True})

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeattn.core.errors import CheckFailed
+from ai_edge_litert import schema_py_generated as schema
+
+from edgeattn.core.errors import CheckFailed, ConversionFailed
 from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.litert import interpreter
-from edgeattn.targets.tflite.modules import modules
+from edgeattn.targets.tflite.modules import module_of_weights, modules
 
 
-def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
-    """(torch module, operator) of every operation that LiteRT keeps for its own kernels, in order.
+def _in_front(model: Any, entry: str, data: bytes) -> bytes | None:
+    """The file with that entry's graph as the first, which alone can be asked; None if others refer to its place."""
+    place = flatbuffer.signature(model, entry).subgraphIndex
+    if place == 0:
+        return data
+    if len(model.subgraphs) != len(model.signatureDefs):
+        return None
+    turned = flatbuffer.read(data)
+    turned.subgraphs.insert(0, turned.subgraphs.pop(place))
+    for item in turned.signatureDefs:
+        item.subgraphIndex = 0 if item.subgraphIndex == place else item.subgraphIndex + (item.subgraphIndex < place)
+    return flatbuffer.write(turned)
 
-    LiteRT lists a delegate's nodes with their inputs and outputs; what lies between those is the delegate's. Only the
-    first graph of a file is delegated where it can be asked, so that other entries give nothing.
+
+def _outside(model: Any, entry: str, data: bytes) -> list[Any]:
+    """The schema's objects of all operations that LiteRT keeps for its own kernels, in order.
+
+    LiteRT lists a delegate's nodes with their inputs and outputs; what lies between those is the delegate's.
     """
-    if flatbuffer.signature(model, entry).subgraphIndex != 0:
+    asked = _in_front(model, entry, data)
+    if asked is None:
         return []
     try:
-        opened = interpreter(data)
+        opened = interpreter(asked)
     except CheckFailed:
         return []  # verification says so, with its reason
-    graph = model.subgraphs[0]
+    graph = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex]
     maker = {int(tensor): i for i, operator in enumerate(graph.operators) for tensor in operator.outputs}
     taken: set[int] = set()
     for node in opened._get_ops_details():
@@ -35,9 +51,44 @@ def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
             if made_by is not None and made_by not in taken:
                 taken.add(made_by)
                 waiting += [int(t) for t in graph.operators[made_by].inputs if int(t) not in border]
+    return [operator for i, operator in enumerate(graph.operators) if i not in taken]
+
+
+def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
+    """(torch module, operator) of every operation that LiteRT keeps for its own kernels, in order."""
     paths = modules(model, entry)
     return [
         (paths[operator.outputs[0]], flatbuffer.operator_name(model, operator))
-        for i, operator in enumerate(graph.operators)
-        if i not in taken
+        for operator in _outside(model, entry, data)
     ]
+
+
+def check_blocks(model: Any, entry: str, data: bytes) -> None:
+    """Whether XNNPACK multiplies all weights that have scales for blocks; LiteRT's own kernel ignores those scales.
+
+    Raises:
+        ConversionFailed: names the modules of those that it leaves.
+    """
+
+    def blocks(tensor: Any) -> bool:
+        return tensor.quantization is not None and isinstance(
+            tensor.quantization.details, schema.BlockwiseQuantizationT
+        )
+
+    graph, paths = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex], modules(model, entry)
+    if not any(map(blocks, graph.tensors)):
+        return
+    wrong = {
+        module_of_weights(graph, operator, paths[operator.outputs[0]])
+        for operator in _outside(model, entry, data)
+        if any(index >= 0 and blocks(graph.tensors[index]) for index in operator.inputs)
+    }
+    if wrong:
+        raise ConversionFailed(
+            "LiteRT would compute int4 weights wrong",
+            value=f"{len(wrong)} modules",
+            where=f"module {min(wrong)}",
+            why="XNNPACK does not take them, and LiteRT's own kernel ignores the scales of their blocks",
+            fix='keep them in int8: [[quant.keep]] modules = [...], at = "w8"',
+            details=sorted(wrong),
+        )
