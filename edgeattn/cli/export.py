@@ -159,7 +159,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
     for line in info.facts.get("quantize", {}).get("words", ()):
         facts.add_row(f"calibration{which}", escape(line))
     for line in info.facts.get("quantize", {}).get("risks", ()):
-        facts.add_row(f"int8 risk{which}", f"[yellow]{escape(line)}[/yellow]")
+        facts.add_row(f"risk{which}", f"[yellow]{escape(line)}[/yellow]")
     for line in info.facts.get("advice", ()):
         facts.add_row(f"advice{which}", escape(line))
     for name, entry in info.facts.get("entries", {}).items():

@@ -175,7 +175,7 @@ STAGES = (
     Stage(
         "verify",
         ("lower", "reference"),
-        lambda job: ("core", "pipeline/stages/verify.py", "pipeline/diverge.py", *_target_code(job)),
+        lambda job: ("core", "quant", "pipeline/stages/verify.py", "pipeline/diverge.py", *_target_code(job)),
         lambda job: targets.get(job.target).runtime_tools,
         lambda job: {},
     ),

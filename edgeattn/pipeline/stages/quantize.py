@@ -55,10 +55,13 @@ def _stream(context: Context, limit: int | None = None) -> tuple[CalibrationStre
 def _outliers(proof: Mapping[str, Any]) -> list[str]:
     """What reparameterization found to be hard to quantize: a few weights that leave no resolution to the others."""
     blocks = [b for b in proof["fused"] if min(b["range_growth"] or 0, b["crest_growth"] or 0) > PTQ_GROWTH]
+    if not blocks:
+        return []
+    blocks.sort(key=lambda b: -b["crest_growth"])
+    named = ", ".join(f"{b['path']} ({b['crest_growth']:.0f} times)" for b in blocks[:4])
     return [
-        f"module {b['path']}: fusing left weights {b['crest_growth']:.0f} times further from the typical one than before; "
-        f"if the numbers do not hold, --keep {b['path']}"
-        for b in blocks
+        f"fusing left weights that stand out more than {PTQ_GROWTH:g} times as far as before in {named}"
+        f"{' …' if len(blocks) > 4 else ''}; if the numbers do not hold, --keep {blocks[0]['path']}"
     ]
 
 
