@@ -15,8 +15,10 @@ from edgeattn.core.numerics import Array
 METHODS = ("mse", "minmax", "percentile", "entropy")
 #: Share of the numbers (those next to 0 apart, which any range holds) that ``percentile`` clips at each end.
 BEYOND = 1e-4
-#: Of a tensor about so many numbers of a sample are counted, at most twice as many; its ends are always known.
-LOOKED_AT = 65536
+#: Of a sample of a tensor about so many numbers stand for all, at most twice as many. Those above half of its peak
+#: stand for themselves, if they are no more than RARE.
+LOOKED_AT = 32768
+RARE = 4096
 #: Bins of a histogram, from -span to span.
 BINS = 16384
 #: A tensor that stays below this is 0: the steps between its levels would leave the normal numbers of float32.
@@ -33,8 +35,8 @@ class Observer:
         method: one of ``METHODS``.
 
     Attributes:
-        lowest, highest: of all finite numbers seen, and of 0. count: of numbers counted. nonfinite: NaN and infinities
-            seen.
+        lowest, highest: of all finite numbers seen, and of 0. count: of finite numbers that the histogram stands for.
+        nonfinite: NaN and infinities seen.
 
     Raises:
         UsageError: an unknown method.
@@ -56,28 +58,36 @@ class Observer:
             flat = np.asarray(value, np.float32).reshape(-1)
         if not flat.size:
             return
-        # No common divisor with any dimension, so that no channel and no column is passed over.
-        step = max(1, flat.size // LOOKED_AT)
-        while math.gcd(step, flat.size) > 1:
-            step += 1
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             finite = np.isfinite(flat)
             self.nonfinite += int(flat.size - finite.sum())
-            kept = flat[finite]
-            if not kept.size:
+            flat = flat[finite]
+            if not flat.size:
                 return
-            low, high = float(kept.min()), float(kept.max())
-            thinned = flat[::step][finite[::step]]
-        else:
-            thinned = flat[::step]
+            low, high = float(flat.min()), float(flat.max())
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
         self._widen(max(-low, high))
-        self.count += thinned.size
+        # No common divisor with any dimension, so that no channel and no column is passed over.
+        step = max(1, flat.size // LOOKED_AT)
+        while math.gcd(step, flat.size) > 1:
+            step += 1
+        thinned = flat[::step]
+        if step > 1:
+            # What is rare and loud decides on the range: it must not fall through.
+            half = np.float32(max(-low, high) / 2)
+            above = (flat > half) | (flat < -half)
+            if np.count_nonzero(above) <= RARE:
+                self._count(_those(flat, above), 1)
+                thinned = thinned[~above[::step]]
+        self._count(thinned, step)
+
+    def _count(self, values: Array, weight: int) -> None:
+        self.count += weight * values.size
         if self._span:
-            self._bins += np.bincount(self._places(thinned), minlength=BINS)
+            self._bins += weight * np.bincount(self._places(values), minlength=BINS)
         else:
-            self._bins[BINS // 2] += thinned.size
+            self._bins[BINS // 2] += weight * values.size
 
     def _places(self, values: Array) -> Array:
         """The bins of numbers within the span; exact: it is a power of two, and nothing underflows in float64."""
@@ -192,6 +202,15 @@ class Observer:
             if stop > levels or fold == 1:
                 return stop * fold * 2.0 * self._span / BINS
             fold //= 2
+
+
+def _those(flat: Array, chosen: Array) -> Array:
+    """``flat[chosen]`` where few are: eight answers are looked at in one go."""
+    whole = flat.size // 8 * 8
+    some = np.flatnonzero(chosen[:whole].view(np.uint64))
+    places = np.concatenate([(some[:, None] * 8 + np.arange(8)).reshape(-1), np.arange(whole, flat.size)])
+    found: Array = flat[places[chosen[places]]]
+    return found
 
 
 def _closest(counts: Array, last: int, levels: int) -> int:

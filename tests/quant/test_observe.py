@@ -206,7 +206,23 @@ def test_no_channel_is_passed_over_in_large_tensors(width):
     x[:, loud] = 1.0
     observer = seen("minmax", x)
     assert observer.beyond(-0.5, 0.5) == pytest.approx(len(loud) / width, abs=0.01)
-    assert observer.count <= 2 * LOOKED_AT
+    assert observer.count == pytest.approx(x.size, rel=1e-3)
+
+
+def test_rare_loud_numbers_of_large_tensors_are_counted():
+    x = np.tile(KINDS["normal"], 20)
+    x[[12_345, 500_001]] = 30.0, -25.0
+    assert len(x) > 20 * LOOKED_AT
+    observer = seen("mse", x)
+    assert observer.beyond(-20, 20) == pytest.approx(2 / len(x), rel=0.01)
+    best = min(loss(x, 30 * clip / 127) for clip in np.linspace(0.05, 1.0, 100))
+    assert loss(x, observer.scale()) <= best * 1.05
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mostly zeros"])
+def test_thinned_tensors_give_about_the_same_range(kind):
+    x = np.tile(KINDS[kind], 20)
+    assert loss(x, seen("mse", x).scale()) <= 1.1 * loss(x, seen("mse", *x.reshape(20, -1)).scale())
 
 
 def test_the_ends_of_large_tensors_are_always_seen():
