@@ -158,6 +158,9 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
         )
     for line in info.facts.get("quantize", {}).get("words", ()):
         facts.add_row(f"calibration{which}", escape(line))
+    for name in ("equalized", "corrected"):
+        for line in info.facts.get("quantize", {}).get(name, {}).get("words", ()):
+            facts.add_row(f"{name}{which}", escape(line))
     for line in info.facts.get("quantize", {}).get("risks", ()):
         facts.add_row(f"risk{which}", f"[yellow]{escape(line)}[/yellow]")
     for line in info.facts.get("advice", ()):

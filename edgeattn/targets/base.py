@@ -324,6 +324,8 @@ class Target(ABC):
     tolerances: ClassVar[Mapping[str, float]] = {}
     #: Whether operations that need it are kept in a wider precision than the one asked for, and can be refused.
     keeps_wider: ClassVar[bool] = False
+    #: Whether 4-bit weights are rounded as ``quant.rounding`` does, so that biases can be corrected for it.
+    rounds_as_planned: ClassVar[bool] = False
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.

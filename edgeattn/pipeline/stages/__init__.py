@@ -72,13 +72,13 @@ def _lint_config(job: Job) -> dict[str, Any]:
 
 
 def _quantize_config(job: Job) -> dict[str, Any]:
-    """Not of the target: what a plan keeps in floats for it does not change the samples."""
-    resolved = job.resolved
-    quant = job.quant
+    """Of the target only whether biases can be corrected for it, so that one result serves all that are alike."""
+    resolved, quant = job.resolved, job.quant
     return {
         "precision": job.precision,
         "quant": resolved.recipe.quant.model_dump(mode="json", exclude={"keep"}),
         "keep": [k.model_dump(mode="json") for k in quant.keep],
+        "corrects": targets.get(job.target).rounds_as_planned,
         "calibration": resolved.recipe.calibration and resolved.recipe.calibration.model_dump(mode="json"),
         "source": resolved.calibration_sha256 or resolved.calibration,
         "preprocess": resolved.recipe.preprocess and resolved.recipe.preprocess.model_dump(mode="json"),

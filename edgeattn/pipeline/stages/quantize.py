@@ -7,17 +7,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgeattn import targets
 from edgeattn.capture import Program
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.core.numerics import Array
 from edgeattn.core.specs import TensorSpec
 from edgeattn.pipeline.context import Context
 from edgeattn.quant.calibration import CalibrationStream
+from edgeattn.quant.correct import correct
 from edgeattn.quant.coverage import coverage
+from edgeattn.quant.equalize import equalize
+from edgeattn.quant.plan import BITS
 from edgeattn.reparam.proof import PTQ_GROWTH
 
 #: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
-LOOKED_AT = 32
+LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _outliers(proof: Mapping[str, Any]) -> list[str]:
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Check the calibration samples, and note what they cover in ``coverage.json``.
+    """Check the calibration samples, make the program ready; ``coverage.json`` says what data do inside the model.
 
     Raises:
         UsageError: the samples are unfit, or a module is to be kept that there is none of.
@@ -82,25 +86,48 @@ def run(context: Context) -> dict[str, Any]:
             why=f"none of the {len(names)} modules of its deploy form fits",
             fix=f"did you mean {near!r}?" if near else "'edgeattn sensitivity' names them",
         )
-    context.say("looking at the calibration samples")
     stream, words = _stream(context)
     spec = context.job.resolved.recipe.calibration
     about = stream.describe() | ({"source": spec.source} if spec else {})  # as the recipe has it, not where it is here
     few, _ = _stream(context, LOOKED_AT)
-    report = coverage(model, few, context.job.quant.observer)
-    (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    context.values["quantize"] = Quantized(context.value("capture"), stream)
-    used = (
-        f"{about['samples']} of {about['of']} samples" if about["samples"] < about["of"] else f"{about['of']} samples"
-    )
-    return {
+    facts: dict[str, Any] = {
         "calibration": about,
-        "words": [f"{used} of {about['source']}", *words, *report["warnings"]],
+        "words": [],
         "risks": _outliers(context.results["reparameterize"].facts["proof"]),
-        "coverage": {key: report[key] for key in ("samples", "settled", "settled_half", "constant", "inputs")},
     }
+    if BITS[context.job.precision][1] < 32:
+        context.say("looking at the calibration samples")
+        report = coverage(model, few, context.job.quant.observer)
+        (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        facts["coverage"] = {key: value for key, value in report.items() if key != "modules"}
+        count, of = about["samples"], about["of"]
+        used = f"{count} of {of}" if count < of else str(of)
+        facts["words"] = [f"{used} samples of {about['source']}", *words, *report["warnings"]]
+    program = _prepared(context, few, facts)
+    facts["entries"] = program.save(context.out) if program is not context.value("capture") else None
+    context.values["quantize"] = Quantized(program, stream)
+    return facts
+
+
+def _prepared(context: Context, few: CalibrationStream, facts: dict[str, Any]) -> Program:
+    """The program with ranges evened out and biases corrected, as far as the recipe wants it and it holds."""
+    job, program = context.job, context.value("capture")
+    recipe, quant = job.resolved.recipe, job.resolved.recipe.quant
+    assert isinstance(program, Program)
+    if quant.equalize:
+        context.say("evening out the ranges of channels")
+        program, facts["equalized"] = equalize(program, few)
+    # At 8 bits the mean error of rounding is next to nothing, and random inputs have no means to go by.
+    corrects = BITS[job.precision][0] == 4 and targets.get(job.target).rounds_as_planned
+    if quant.correct and corrects and recipe.calibration:
+        context.say("correcting biases")
+        program, facts["corrected"] = correct(program, job.quant, few)
+    return program
 
 
 def revive(context: Context) -> Quantized:
     """The program again, and the stream opened anew."""
-    return Quantized(context.value("capture"), _stream(context)[0])
+    result = context.results["quantize"]
+    entries = result.facts["entries"]
+    program = Program.load(result.folder, entries) if entries else context.value("capture")
+    return Quantized(program, _stream(context)[0])

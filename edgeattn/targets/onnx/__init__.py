@@ -35,6 +35,7 @@ class OnnxTarget(Target):
     device_runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     keeps_wider: ClassVar[bool] = True
     half_activations: ClassVar[bool] = True
+    rounds_as_planned: ClassVar[bool] = True
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL)}
 
     def availability(self) -> Availability:
@@ -78,6 +79,14 @@ class OnnxTarget(Target):
         # as the graph says, or the numbers would be this machine's and not the device's.
         full = artifact.facts.get("weight_range") == FULL
         return OnnxRuntime(artifact, optimized=not (full and _saturates(platform.machine(), tools.cpu_extensions())))
+
+    def adopt(self, path: Path) -> Artifact | None:
+        """See ``Target.adopt``; an .onnx file of static shapes, whoever made it."""
+        if path.suffix != ".onnx":
+            return None
+        from edgeattn.targets.onnx_graph.files import adopt
+
+        return adopt(path)
 
     def package(self) -> str:
         """The runner needs ONNX Runtime alone."""
