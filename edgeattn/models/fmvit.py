@@ -346,3 +346,22 @@ def fmvit_digits() -> FMViT:
             num_classes=10,
         )
     )
+
+
+def fmvit_scenes() -> FMViT:
+    """A small FMViT for (B, 1, 32, 64) scenes of two digits in 20 classes; trained by examples/train_scenes.py.
+
+    Attention sees maps of 4 x 8, 2 x 4 and 1 x 2, so the pooling windows are those of ``fmvit_digits``.
+    """
+    return FMViT(
+        FMViTConfig(
+            widths=(16, 32, 48, 64),
+            fmb_widths=(64, 96, 96),
+            low_widths=(32, 64, 64),
+            depths=(1, 2, 2, 2),
+            stem=16,
+            sr=(2, 1, 1),
+            in_channels=1,
+            num_classes=20,
+        )
+    )

@@ -35,6 +35,7 @@ def rounded_weights(program: Program, plan: QuantPlan) -> dict[str, Tensor]:
             scheme = plan.scheme(layer.module)
             if not scheme.floats and weight not in made:
                 value = state[weight].detach()
+                scheme = scheme.for_kernel(value.shape) if layer.spatial else scheme
                 rows = layer.rows(value).float().numpy()
                 made[weight] = layer.of_rows(torch.from_numpy(rounded(rows, scheme.weights, scheme.group)), value)
     return made

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,15 @@ class Scheme:
     def floats(self) -> bool:
         """Nothing of the module is quantized."""
         return self.weights == 32
+
+    def for_kernel(self, shape: Sequence[int]) -> Scheme:
+        """The scheme of a convolution's weight (outputs, inputs, *kernel).
+
+        Kernels over space get 8 bits in place of 4: they are few numbers, and with 4 bits lost fmvit-scenes 5 points of
+        accuracy where all other weights together lost 2.
+        """
+        over_space = self.weights == 4 and math.prod(shape[2:]) > 1
+        return replace(self, weights=8, group=0) if over_space else self
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from edgeattn.quant.plan import BITS
 from edgeattn.reparam.proof import PTQ_GROWTH
 
 #: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
-LOOKED_AT = 64
+LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def run(context: Context) -> dict[str, Any]:
     stream, words = _stream(context)
     spec = context.job.resolved.recipe.calibration
     about = stream.describe() | ({"source": spec.source} if spec else {})  # as the recipe has it, not where it is here
-    few, _ = _stream(context, LOOKED_AT)
     facts: dict[str, Any] = {
         "calibration": about,
         "words": [],
@@ -97,31 +96,31 @@ def run(context: Context) -> dict[str, Any]:
     }
     if BITS[context.job.precision][1] < 32:
         context.say("looking at the calibration samples")
-        report = coverage(model, few, context.job.quant.observer)
+        report = coverage(model, _stream(context, LOOKED_AT)[0], context.job.quant.observer)
         (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
         facts["coverage"] = {key: value for key, value in report.items() if key != "modules"}
         count, of = about["samples"], about["of"]
         used = f"{count} of {of}" if count < of else str(of)
         facts["words"] = [f"{used} samples of {about['source']}", *words, *report["warnings"]]
-    program = _prepared(context, few, facts)
+    program = _prepared(context, stream, facts)
     facts["entries"] = program.save(context.out) if program is not context.value("capture") else None
     context.values["quantize"] = Quantized(program, stream)
     return facts
 
 
-def _prepared(context: Context, few: CalibrationStream, facts: dict[str, Any]) -> Program:
+def _prepared(context: Context, stream: CalibrationStream, facts: dict[str, Any]) -> Program:
     """The program with ranges evened out and biases corrected, as far as the recipe wants it and it holds."""
     job, program = context.job, context.value("capture")
     recipe, quant = job.resolved.recipe, job.resolved.recipe.quant
     assert isinstance(program, Program)
     if quant.equalize:
         context.say("evening out the ranges of channels")
-        program, facts["equalized"] = equalize(program, few)
+        program, facts["equalized"] = equalize(program, stream)
     # At 8 bits the mean error of rounding is next to nothing, and random inputs have no means to go by.
     corrects = BITS[job.precision][0] == 4 and targets.get(job.target).rounds_as_planned
     if quant.correct and corrects and recipe.calibration:
         context.say("correcting biases")
-        program, facts["corrected"] = correct(program, job.quant, few)
+        program, facts["corrected"] = correct(program, job.quant, stream)
     return program
 
 

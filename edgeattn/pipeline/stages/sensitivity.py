@@ -21,6 +21,7 @@ from edgeattn.pipeline.stages.quantize import Quantized
 from edgeattn.pipeline.stages.verify import SAMPLES_OFF, SHARE_OFF
 from edgeattn.quant.sensitivity import Error, Journal, fewest, sensitivity
 from edgeattn.quant.simulate import Operations, Simulation, Style
+from edgeattn.reparam.trace import duplicate
 
 #: How targets round data; the others quantize what weighted operations read, symmetrically.
 STYLES = {"onnx": Style(zero_point=True, outputs=True), "tflite": Style(zero_point=True, outputs=True)}
@@ -80,8 +81,22 @@ def _allowed(precision: str, samples: int) -> int:
     return max(SAMPLES_OFF, int(SHARE_OFF.get(precision, 0.0) * samples))
 
 
+def _prepared(model: nn.Module, quantized: Quantized) -> tuple[nn.Module, int]:
+    """The model as an export quantizes it, its ranges evened out; and how many of its tensors differ."""
+    state = {k: v for entry in quantized.program.entries.values() for k, v in entry.graph.state_dict.items()}
+    changed = {k: state[k] for k, v in model.state_dict().items() if k in state and not torch.equal(v, state[k])}
+    if not changed:
+        return model, 0
+    made = duplicate(model)
+    made.load_state_dict(changed, strict=False)
+    return made, len(changed)
+
+
 def run(context: Context) -> dict[str, Any]:
     """Facts: rows, the worst first, and what is left of the error where more and more of them are kept.
+
+    Rows are of the deploy form as it is, so that a module is named that only evening out ranges would mend; what is
+    left of the error is that of the model as an export quantizes it.
 
     What is asked for is in ``context.results["asked"]``: ``on`` (samples), ``what`` and ``journal``.
 
@@ -115,7 +130,9 @@ def run(context: Context) -> dict[str, Any]:
         lost = error.reference_correct - error.correct
         return error.finite and error.relative_l2 <= tolerance and lost <= _allowed(job.precision, error.samples)
 
-    kept = [] if operations else fewest(simulation, rows, holds, judged.feeds, judged.labels, journal, say)
+    prepared, evened = (model, 0) if operations else _prepared(model, quantized)
+    whole = simulation if not evened else Simulation(prepared, job.quant, quantized.samples, style)
+    kept = [] if operations else fewest(whole, rows, holds, judged.feeds, judged.labels, journal, say)
     return {
         "rows": [row.as_dict() for row in rows],
         "kept": [{"count": step.count, "error": step.error.as_dict(), "holds": holds(step.error)} for step in kept],
@@ -123,4 +140,5 @@ def run(context: Context) -> dict[str, Any]:
         "samples": samples.words,
         "judged": judged.words,
         "known": known,
+        "evened": evened,
     }

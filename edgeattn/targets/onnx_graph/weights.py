@@ -156,6 +156,9 @@ def small_weights(model: ir.Model, plan: QuantPlan, standard: bool = False) -> l
         scheme = plan.scheme(module_of(of.node))
         if scheme.floats:
             continue
+        assert of.weight.const_value is not None
+        if of.node.op_type == "Conv":
+            scheme = scheme.for_kernel(of.weight.const_value.shape.numpy())
         done.append(
             {
                 "node": str(of.node.name),

@@ -6,7 +6,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from edgeattn.core import tools
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
 from edgeattn.targets.tensorrt import PACKAGES
 
 #: Seconds after which a run has gone wrong; the first one may build the engine.
@@ -32,7 +32,7 @@ def at_hand(artifact: Artifact) -> bool:
 
 
 class EngineRuntime:
-    """A bundle's engine; ``trace`` gives nothing, for an engine has no tensors inside that could be looked at."""
+    """A bundle's engine, which has no tensors inside that could be looked at."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -56,6 +56,12 @@ class EngineRuntime:
             names = [output.name for output in self._artifact.entries[entry].outputs]
             return {name: np.load(Path(folder, f"output.{name.replace('/', '_')}.npy")) for name in names}
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
         """Nothing."""
         return iter(())
+
+    def steps(self, entry: str) -> list[Step]:
+        """Nothing."""
+        return []

@@ -23,7 +23,7 @@ from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
 from edgeattn.targets.onnx_graph.qdq import NUMBERS, Calibration, in_floats, nothing_to_quantize, weighted
 from edgeattn.targets.onnx_graph.weights import small_weights, weights_words
-from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX, modelopt
+from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX, TIGHT, modelopt
 from edgeattn.targets.tensorrt.engine import Builder, Profiles
 from edgeattn.targets.tensorrt.trtexec import Build, script
 
@@ -53,7 +53,7 @@ def _quantized(
     if not loud:
         raise nothing_to_quantize(plan.precision)
     all_of_them = {str(w.node.name) for w in weighted(model)}
-    near, worst, where = _NEAR * TOLERANCES[plan.precision], 0.0, ""
+    near, worst, where = _NEAR * (TOLERANCES | TIGHT)[plan.precision], 0.0, ""
     for count in sorted({min(round(len(loud) * part / _PARTS), len(loud) - 1) for part in range(_PARTS)}):
         without = set(loud[:count])
         quantized = calibration.apply(model, without)
