@@ -1,4 +1,4 @@
-"""Accuracy and size of our w8a8, w8 and w4 against what the peers make of the same float32 files; and the time it takes.
+"""Accuracy and size of our w8a8, w8 and w4 against what peers make of the same float32 files; and the time it takes.
 
     python benchmarks/quant_vs_peers.py [--models fmvit-digits fmvit-scenes] [--time fmvit-s --rounds 5 --samples 16]
 
@@ -42,6 +42,7 @@ class Reader:
         self._feeds: Iterator[Feeds] = iter(feeds)
 
     def get_next(self) -> Feeds | None:
+        """The next feed; None at the end."""
         return next(self._feeds, None)
 
 

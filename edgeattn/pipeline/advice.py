@@ -1,4 +1,4 @@
-"""What a quantized artifact is good for: how fast it is against float32, measured here or read from the device's file."""
+"""What a quantized artifact is good for: its speed against float32, measured here or read from the device's file."""
 
 from __future__ import annotations
 

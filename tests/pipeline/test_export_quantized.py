@@ -24,7 +24,7 @@ def export(precision: str, output: Path, target: str = "onnx", **options: object
 
 
 @pytest.mark.parametrize("precision", list(DROPS))
-@pytest.mark.parametrize("target", ["onnx", "tflite", "coreml", "tensorrt"])
+@pytest.mark.parametrize("target", ["onnx", "tflite", "coreml"])
 def test_the_trained_model_keeps_its_accuracy(target: str, precision: str, tmp_path: Path) -> None:
     manifest = export(precision, tmp_path, target).manifest
     task = manifest.task
@@ -33,9 +33,8 @@ def test_the_trained_model_keeps_its_accuracy(target: str, precision: str, tmp_p
     assert task["reference_accuracy"] - task["artifact_accuracy"] <= DROPS[precision]
     quantized = manifest.facts["entries"]["main"]["quantized"]
     assert len(quantized["operations"]) >= 40
-    assert {item["module"] for item in quantized["operations"]} >= {"stem.0.conv", "head.linear"} - {
-        item for item in quantized.get("modules_in_floats", ())
-    }
+    modules = {item["module"] for item in quantized["operations"]}
+    assert modules | set(quantized.get("modules_in_floats", ())) >= {"stem.0.conv", "head.linear"}
 
 
 def test_the_manifest_says_what_was_measured_and_on_what(tmp_path: Path) -> None:
@@ -131,15 +130,22 @@ def test_weights_are_reduced_to_seven_bits_unless_the_device_cannot_saturate() -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "share"), [("w8", 0.30), ("w4", 0.18)])
 @pytest.mark.parametrize("target", ["onnx", "tflite", "coreml"])
-def test_sizes_of_a_large_model(target: str, tmp_path: Path) -> None:
-    sizes = {}
-    for precision in ("fp32", "w8", "w4"):
-        bundle = edgeattn.export("fmvit-b", target, precision, tmp_path)
-        sizes[precision] = bundle.manifest.facts["entries"]["main"]["weight_bytes"]
-        shutil.rmtree(bundle.path)
-    assert sizes["w8"] <= 0.30 * sizes["fp32"]
-    assert sizes["w4"] <= 0.18 * sizes["fp32"]
+def test_sizes_of_a_large_model(target: str, precision: str, share: float, tmp_path: Path) -> None:
+    manifest = edgeattn.export("fmvit-b", target, precision, tmp_path).manifest
+    parameters = manifest.reparam["after"]["parameters"]
+    assert manifest.facts["entries"]["main"]["weight_bytes"] <= share * 4 * parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "drop"), [("w8", 0.01), ("w8a8", 0.02), ("w4", 0.04)])
+@pytest.mark.parametrize("target", ["onnx", "tflite", "coreml"])
+def test_a_harder_model_keeps_its_accuracy(target: str, precision: str, drop: float, tmp_path: Path) -> None:
+    task = edgeattn.export("fmvit-scenes", target, precision, tmp_path).manifest.task
+    assert task is not None
+    assert task["samples"] == 1500
+    assert task["reference_accuracy"] - task["artifact_accuracy"] <= drop
 
 
 def test_the_coverage_is_kept_with_the_stage(own_cache: Path, tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from edgeattn.pipeline.export import make_job
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.stages import STAGES
 
-ALL = tuple(stage.name for stage in STAGES)
+#: Of an export that quantizes nothing.
+OWN = [stage for stage in STAGES if stage.name != "quantize"]
+ALL = tuple(stage.name for stage in OWN)
 #: What follows from each stage, itself included.
 AFTER: dict[str, set[str]] = {}
 for _name in ALL:
     AFTER[_name] = {_name}
-    for _stage in STAGES:
+    for _stage in OWN:
         if AFTER[_name] & set(_stage.needs):
             AFTER[_name].add(_stage.name)
 
@@ -76,7 +78,10 @@ def test_touched_code_invalidates_the_stages_after_it(job: Job, package: Path, f
     assert changed(before, keys(job)) == AFTER[stage]
 
 
-@pytest.mark.parametrize("file", ["cli/export.py", "targets/null/__init__.py", "doctor.py", "pipeline/worker.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["cli/export.py", "targets/null/__init__.py", "doctor.py", "pipeline/worker.py", "quant/observe.py"],
+)
 def test_code_of_no_stage_invalidates_nothing(job: Job, package: Path, file: str) -> None:
     before = keys(job)
     with (package / file).open("a") as handle:
@@ -116,7 +121,7 @@ def _copied_recipe(folder: Path, edit: Callable[[str], str] = lambda text: text)
     [
         (lambda text: text.replace('outputs = ["logits"]', 'outputs = ["logits"]\nseed = 7'), "build"),
         (lambda text: text.replace("shape = [1, 1, 32, 32]", "shape = [2, 1, 32, 32]"), "build"),
-        (lambda text: text + "golden = 3\n", "reference"),
+        (lambda text: text.replace("[heldout]\n", "[heldout]\ngolden = 3\n"), "reference"),
         (lambda text: text.replace("mean = [0.3054]", "mean = [0.3]"), "reference"),
         (lambda text: text.replace('description = "', 'description = "other words: '), "lower"),
     ],
@@ -156,3 +161,12 @@ def test_a_device_with_a_runtime_that_nobody_knows(target: str, tmp_path: Path) 
         make_job("fmvit-digits", target=target, device=str(tmp_path / "board.toml"))
     assert caught.value.where == "device board, runtimes.tflite"
     assert caught.value.fix == "did you mean 'tflite-runtime'?"
+
+
+def test_what_is_quantized_has_a_stage_more() -> None:
+    job = make_job("fmvit-digits", precision="w8a8")
+    assert [name for name in keys(job) if name not in ALL] == ["quantize"]
+    other = make_job("fmvit-digits", precision="w8a8", keep=["head"])
+    assert changed(keys(job), keys(other)) == {"quantize", "lower", "verify", "bundle"}
+    fewer = make_job("fmvit-digits", precision="w8a8", samples=20)
+    assert changed(keys(job), keys(fewer)) == {"quantize", "lower", "verify", "bundle"}

@@ -32,7 +32,7 @@ def test_eight_bits_are_half_a_step_off_at_most(rows: np.ndarray, group: int) ->
 @settings(max_examples=200, deadline=None)
 @given(ROWS, st.sampled_from([0, 16, 32]))
 def test_four_bits_are_no_worse_than_plain_rounding(rows: np.ndarray, group: int) -> None:
-    integers, scales = round_rows(rows, 4, group)
+    integers, _ = round_rows(rows, 4, group)
     assert integers.min() >= -8
     assert integers.max() <= 7
     width = min(group or rows.shape[1], rows.shape[1])

@@ -106,6 +106,10 @@ def _target_code(job: Job) -> tuple[str, ...]:
     return ("targets/base.py", *OWN_TARGETS.get(job.target, ()))
 
 
+def _quant_code(job: Job) -> tuple[str, ...]:
+    return ("quant",) if job.quant.quantizes else ()
+
+
 def _lint_code(job: Job) -> tuple[str, ...]:
     """Of a target's folder only the rules."""
     rules = [f"targets/{job.target}/{name}" for name in ("lint.py", "lint.toml")]
@@ -168,14 +172,20 @@ STAGES = (
     Stage(
         "lower",
         ("capture", "reference", "lint", "quantize"),
-        lambda job: ("core", "quant", "pipeline/stages/lower.py", *_target_code(job)),
+        lambda job: ("core", "pipeline/stages/lower.py", *_quant_code(job), *_target_code(job)),
         lambda job: targets.get(job.target).lower_tools(job.precision),
         _lower_config,
     ),
     Stage(
         "verify",
         ("lower", "reference"),
-        lambda job: ("core", "quant", "pipeline/stages/verify.py", "pipeline/diverge.py", *_target_code(job)),
+        lambda job: (
+            "core",
+            "pipeline/stages/verify.py",
+            "pipeline/diverge.py",
+            *_quant_code(job),
+            *_target_code(job),
+        ),
         lambda job: targets.get(job.target).runtime_tools,
         lambda job: {},
     ),

@@ -11,7 +11,6 @@ from edgeattn import targets
 from edgeattn.core import tools
 from edgeattn.lint import Finding, gate
 from edgeattn.pipeline.context import Context, Result
-from edgeattn.quant.flow import read_from_kept
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
 
 
@@ -50,6 +49,8 @@ def run(context: Context) -> dict[str, Any]:
     )
     program = context.value("capture")
     if job.quant.quantizes:
+        from edgeattn.quant.flow import read_from_kept
+
         quantized = context.value("quantize")
         program = quantized.program
         quant = replace(job.quant, float_data=read_from_kept(program, job.quant))

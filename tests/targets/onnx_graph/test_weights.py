@@ -65,7 +65,7 @@ def test_kept_modules_keep_their_weights() -> None:
 def test_a_module_may_have_eight_bits_instead() -> None:
     model = note_modules(graph(), c="a", m="b", y="c")
     done = small_weights(model, QuantPlan("w4", keep=(Keep(modules=("b",), at="w8"),)))
-    assert [item["weights"] for item in done] == ["int4", "int8", "int4"]
+    assert [item["weights"] for item in done] == ["int8", "int8", "int4"]  # the first is a kernel over space
 
 
 def test_half_graphs_get_half_scales() -> None:
