@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from edgeattn.core.numerics import Array
     from edgeattn.pipeline.debug import Debugged
-    from edgeattn.pipeline.diverge import Met
+    from edgeattn.pipeline.meeting import Met
 
 #: Rows of the table before the first divergence and after it, unless all are asked for.
 _BEFORE, _AFTER = 12, 6
@@ -26,9 +26,8 @@ _JUMPS = 5
 @click.argument("a")
 @click.argument("b")
 @click.option("--input-file", "files", multiple=True, metavar="NAME=FILE.npy", help="The model's input; once for each.")
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative L2. [default: the precision's]"
-)
+@click.option("--tolerance", type=click.FloatRange(min=0, min_open=True), help="Relative L2. [default: by precision]")
+@click.option("--model", "-m", "witness", metavar="MODEL", help="What A and B, both files, were made of: a witness.")
 @click.option("--all", "every", is_flag=True, help="Show every module, not only those around the first divergence.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -37,6 +36,7 @@ def command(
     b: str,
     files: tuple[str, ...],
     tolerance: float | None,
+    witness: str | None,
     every: bool,
     as_json: bool,
     args: tuple[str, ...],
@@ -47,6 +47,9 @@ def command(
     Each is MODEL or MODEL@training (the model in PyTorch), MODEL@deploy (reparameterized), a bundle's folder
     (FOLDER@BACKEND for one of its artifacts), or a file: .onnx, .tflite, .mlpackage. Errors are relative to A. MODEL is
     as for edgeattn export. Inputs are those of --input-file, else the golden samples of a bundle, else random ones.
+
+    Where neither is a model in PyTorch, --model names the one that both were made of: then it is also known which of
+    the two is wrong, and what each module should make of its own inputs.
 
     \b
       edgeattn debug fmvit-digits@deploy fmvit-digits.onnx.w8a8
@@ -63,7 +66,8 @@ def command(
 
     feeds = _read(files) if files else None
     with Status() as status:
-        found = debug(a, b, **given, args=parse_args(args), feeds=feeds, tolerance=tolerance, say=status.say)
+        limits: dict[str, Any] = {"tolerance": tolerance, "witness": witness}
+        found = debug(a, b, **given, **limits, args=parse_args(args), feeds=feeds, say=status.say)
     if as_json:
         click.echo(json.dumps(_plain(found), indent=1))
     else:
@@ -116,7 +120,7 @@ def _plain(found: Debugged) -> dict[str, Any]:
     """Plain data for JSON; errors that are not finite are null."""
     from dataclasses import asdict
 
-    from edgeattn.pipeline.diverge import growth
+    from edgeattn.pipeline.meeting import growth
 
     first = found.first
     data: dict[str, Any] = {
@@ -138,12 +142,15 @@ def _plain(found: Debugged) -> dict[str, Any]:
         data["first"] = {**_row(first), "module": found.comparison.culprit, "at": first.module}
         data["first"]["with"] = found.others
         data["first"]["sure"] = found.comparison.sure
+        data["first"]["reaches_outputs"] = found.comparison.reaches
     if first is not None and found.cause is not None:
         cause = asdict(found.cause)
         data["first"]["cause"] = {k: _number(v) if isinstance(v, float) else v for k, v in cause.items()}
     if first is not None and found.extents is not None:
-        for side, extent in zip("ab", found.extents, strict=True):
-            data["first"][side] = {k: _number(v) for k, v in asdict(extent).items()}
+        data["first"]["ranges"] = [
+            {"program": words, **{k: _number(v) for k, v in asdict(extent).items()}}
+            for words, extent in zip(found.sides, found.extents, strict=True)
+        ]
     return data
 
 
@@ -185,7 +192,7 @@ def _show(out: Console, found: Debugged, every: bool) -> None:
     from rich.markup import escape
 
     from edgeattn.cli._show import table
-    from edgeattn.pipeline.diverge import growth
+    from edgeattn.pipeline.meeting import growth
 
     _table(out, found, every)
     out.print()
@@ -200,16 +207,18 @@ def _show(out: Console, found: Debugged, every: bool) -> None:
         sure = "" if found.comparison.sure else ", though not proven"
         name = f"[bold]{escape(found.comparison.culprit or '(model)')}[/bold]"
         fused = f", fused with {', '.join(found.others)}" if found.others else ""
-        words = f"the first module to diverge{sure}{fused}: {first.op}, tensor {first.tensor}"
+        gone = "" if found.comparison.reaches else "; what follows levels its error out before the outputs"
+        words = f"the first module to diverge{sure}{fused}: {first.op}, tensor {first.tensor}{gone}"
         facts.add_row("module", f"{name} is {escape(words)}")
     elif not found.holds:
         facts.add_row("module", "no single module: it builds up. The largest jumps:")
         for item in found.comparison.jumps(_JUMPS):
             facts.add_row("", escape(f"{item.module or '(model)'}: {growth(item):.1e} ({item.op}, {item.tensor})"))
     if found.extents is not None:
-        for side, extent in zip("AB", found.extents, strict=True):
+        for side, extent in zip(found.sides, found.extents, strict=True):
             ends = f", {extent.ends:.1%} of the values at an end" if extent.ends > 0.001 else ""
-            facts.add_row(side, f"{extent.low:.4g} to {extent.high:.4g}, {extent.nonfinite} not finite{ends}")
+            values = f"{extent.low:.4g} to {extent.high:.4g}, {extent.nonfinite} not finite{ends}"
+            facts.add_row("values", f"{values}: {escape(side)}")
     if cause is not None:
         facts.add_row("cause", f"{cause.name} ({cause.confidence}): {escape(cause.evidence)}")
         facts.add_row("try", escape(cause.fix))

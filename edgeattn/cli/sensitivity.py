@@ -118,7 +118,7 @@ def _show(found: Sensitivity, every: bool, following: str) -> None:
         values = [f"{row['parameters']:,}", _error(alone), _decibels(alone), _error(without)]
         if scored:
             agree = alone.agree / alone.samples
-            values += [f"{-alone.drop:+.1%}", f"{agree:.1%}", f"{alone.kl:.1e}"]
+            values += [f"{alone.gain:+.1%}", f"{agree:.1%}", f"{alone.kl:.1e}"]
         rows.add_row(escape(row["name"]), row["kind"], *values)
     out.print(rows)
     if len(found.rows) > _SHOWN and not every:
@@ -149,16 +149,18 @@ def _advise(found: Sensitivity, following: str) -> None:
 
     out = console()
     out.print()
-    figures = ("in floats", "relative L2", "top-1")
+    scored = found.kept[0]["error"]["samples"] > 0
+    figures = ("in floats", "relative L2", *(("top-1",) if scored else ()))
     steps = table(*figures, "", right=figures)
     for step in found.kept:
         error = Error.from_dict(step["error"])
         held = "[green]holds[/green]" if step["holds"] else "does not hold"
         worst = f"the {step['count']} worst" if step["count"] > 1 else "the worst" if step["count"] else "none"
-        steps.add_row(worst, _error(error), f"{-error.drop:+.1%}" if error.samples else "", held)
+        steps.add_row(worst, _error(error), *([f"{error.gain:+.1%}"] if scored else []), held)
     out.print(steps)
+    evened = f"after {found.evened} weights and biases were evened out, as export does it, " if found.evened else ""
     out.print(
-        f"simulated on {escape(found.judged)}; allowed is a relative L2 of {found.tolerance:g}",
+        f"simulated {evened}on {escape(found.judged)}; allowed is a relative L2 of {found.tolerance:g}",
         style="dim",
         soft_wrap=True,
     )

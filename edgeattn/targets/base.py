@@ -173,12 +173,14 @@ class Step:
     Attributes:
         outputs, inputs: names of the tensors that it gives and reads; inputs without the constants.
         module: path of the torch module that it came from, "" if unknown. op: its kind, as in ``TraceValue``.
+        fused: further modules that are part of it.
     """
 
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
     module: str
     op: str
+    fused: tuple[str, ...] = ()
 
 
 class Runtime(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgeattn.core import tools
-from edgeattn.core.errors import ToolchainMissing
+from edgeattn.core.errors import ToolchainMissing, UsageError
 from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ DEPLOYMENTS = {"iOS16": "macOS13", "iOS17": "macOS14", "iOS18": "macOS15"}
 _NEWER = {"iOS26": "iOS18", "macOS26": "macOS15"}
 #: What converts, reads and runs packages.
 COREMLTOOLS = "coremltools"
+#: How weights are stored in few bits: integers with scales, or indices into a table of numbers.
+LINEAR, PALETTE = "linear", "palette"
+#: The first system that has what a precision needs: blocks of 4-bit numbers, and data in integers.
+_FROM = {("w4", LINEAR): "iOS18", ("w8a8", LINEAR): "iOS17"}
 
 
 class CoreMLTarget(Target):
@@ -37,6 +41,7 @@ class CoreMLTarget(Target):
         "io": ("float32", "float16"),
         "image": ("no", "rgb", "bgr", "gray"),
         "classifier": ("no", "yes"),
+        "weights": (LINEAR, PALETTE),
     }
 
     def availability(self) -> Availability:
@@ -47,22 +52,48 @@ class CoreMLTarget(Target):
         return Availability(True, f"{COREMLTOOLS} {version}")
 
     def precisions(self, device: Device | None) -> tuple[str, ...]:
-        """fp32; or weights and activations in float16."""
-        return ("fp32", "fp16")
+        """fp32; weights and activations in float16; with weights, or weights and data, in 8 bits, or weights in 4."""
+        return ("fp32", "fp16", "w8", "w4", "w8a8")
 
-    def settle(self, options: Mapping[str, str], device: Device | None) -> dict[str, str]:
-        """See ``Target.settle``; a device says which system it has. A macOS means the iOS of the same year."""
-        settled = super().settle(options, device)
-        of_the_year = {mac: ios for ios, mac in DEPLOYMENTS.items()}
+    def settle(self, options: Mapping[str, str], device: Device | None, precision: str = "") -> dict[str, str]:
+        """See ``Target.settle``; a device says which system it has. A macOS means the iOS of the same year.
+
+        Where neither says a system, it is the oldest that has what the precision needs.
+        """
+        asked = dict(options)
         if "deployment" not in options and device is not None and device.deployment_target:
             # A newer system runs what is made for the newest of these.
             own = device.deployment_target
-            settled = super().settle({"deployment": _NEWER.get(own, own), **options}, device)
-        return settled | {"deployment": of_the_year.get(settled["deployment"], settled["deployment"])}
+            asked["deployment"] = _NEWER.get(own, own)
+        settled = super().settle(asked, device, precision)
+        of_the_year = {mac: ios for ios, mac in DEPLOYMENTS.items()}
+        settled["deployment"] = of_the_year.get(settled["deployment"], settled["deployment"])
+        if precision and settled["weights"] == PALETTE and precision not in ("w8", "w4"):
+            raise UsageError(
+                "there is nothing to make palettes of",
+                value="weights=palette",
+                where=f"target {self.name}, precision {precision}",
+                why="a palette holds weights in 8 or 4 bits that are computed with in float16",
+                fix="--precision w8 or w4, or leave the option away",
+            )
+        needed = _FROM.get((precision, settled["weights"]), settled["deployment"])
+        if list(DEPLOYMENTS).index(settled["deployment"]) < list(DEPLOYMENTS).index(needed):
+            if "deployment" in asked:
+                palette = ", or -O weights=palette" if precision == "w4" else ""
+                raise UsageError(
+                    f"{precision} needs a newer system",
+                    value=f"deployment={asked['deployment']}",
+                    where=f"target {self.name}" if "deployment" in options else f"target {self.name}, the device's",
+                    why=f"it begins with {needed} ({DEPLOYMENTS[needed]})",
+                    fix=f"-O deployment={needed}{palette}",
+                )
+            settled["deployment"] = needed
+        return settled
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
-        """The converter and what it computes with."""
-        return (COREMLTOOLS, "torch", "numpy", "protobuf")
+        """The converter and what it computes with, and in 8 and 4 bits what finds palettes."""
+        palettes = ("scikit-learn",) if precision in ("w8", "w4") else ()
+        return (COREMLTOOLS, "torch", "numpy", "protobuf", *palettes)
 
     def _need(self) -> None:
         availability = self.availability()

@@ -10,15 +10,15 @@ from edgeattn.targets.coreml.mil.package import VERSIONS, Package
 from edgeattn.targets.coreml.mil.values import DTYPES
 
 #: Of these the output's dtype says nothing about where they run: they hold what is known before, or convert it.
-_SILENT = ("const", "cast")
+_SILENT = ("const", "cast", "quantize")
 
 
-def operations(package: Package) -> Iterator[Any]:
-    """Every operation of every function and of the blocks inside, constants left out."""
+def operations(package: Package, constants: bool = False) -> Iterator[Any]:
+    """Every operation of every function and of the blocks inside; constants left out unless they are asked for."""
 
     def inside(block: Any) -> Iterator[Any]:
         for item in block.operations:
-            if item.type != "const":
+            if constants or item.type != "const":
                 yield item
             for nested in item.blocks:
                 yield from inside(nested)

@@ -18,13 +18,15 @@ from torch._decomp import get_decompositions
 from edgeattn.capture import Entry, Program
 from edgeattn.core.errors import ConversionFailed, UsageError
 from edgeattn.core.quiet import quiet
+from edgeattn.quant.plan import BITS
 from edgeattn.targets.base import BGR, Artifact, ArtifactEntry, LowerPlan, Tensor
 from edgeattn.targets.coreml.describe import describe
 from edgeattn.targets.coreml.facts import facts_of
 from edgeattn.targets.coreml.images import pixels_of, take_pixels
 from edgeattn.targets.coreml.mends import mend
 from edgeattn.targets.coreml.mil.package import open_package
-from edgeattn.targets.coreml.modules import note_modules, path_of
+from edgeattn.targets.coreml.modules import modules_of, note_modules, owner_of, path_of
+from edgeattn.targets.coreml.quantize import quantize
 
 #: A listing for a debugger of another project, which coremltools leaves in the package.
 _DEBUG = "executorch_debug_handle_mapping.json"
@@ -71,8 +73,9 @@ def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()
     if plan.options["image"] != "no":
         pixels = pixels_of(plan.preprocess, plan.options["image"], next(iter(inputs.values())))
         take_pixels(graph, pixels)
+    given = {str(name) for name in graph.graph_signature.user_inputs}
     for node in graph.graph.nodes:
-        node.meta["stack_trace"] = path_of(node)
+        node.meta["stack_trace"] = path_of(owner_of(node, given))
     return Prepared(graph, inputs, outputs, pixels, dict(changed))
 
 
@@ -163,7 +166,7 @@ def convert(prepared: Prepared, plan: LowerPlan) -> Any:
                     # The converter counts a classifier's outputs wrongly when they are given.
                     outputs=None if classifier else outputs,
                     minimum_deployment_target=getattr(ct.target, plan.options["deployment"]),
-                    compute_precision=ct.precision.FLOAT16 if plan.precision == "fp16" else ct.precision.FLOAT32,
+                    compute_precision=ct.precision.FLOAT32 if plan.precision == "fp32" else ct.precision.FLOAT16,
                     classifier_config=classifier,
                     skip_model_load=True,
                 )
@@ -223,14 +226,17 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         prepared = prepare(entry, plan)
         _check_classifier(plan, prepared)
         model = convert(prepared, plan)
-        describe(model, plan, note_modules(model._mil_program))
+        file, modules, note = f"{name}.mlpackage", modules_of(model._mil_program), {}
+        entries[name] = _entry(file, prepared, plan)
+        if plan.precision in BITS:
+            made = quantize(model, modules, entries[name].inputs, plan)
+            model, modules, note = made.model, made.modules, {"quantized": made.facts}
+        describe(model, plan, note_modules(modules))
         if plan.options["classifier"] == "yes":
             _name_probabilities(model, *prepared.outputs)
-        file = f"{name}.mlpackage"
         with quiet():
             model.save(str(out / file))
         (out / file / _DEBUG).unlink(missing_ok=True)
-        entries[name] = _entry(file, prepared, plan)
-        facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends}
+        facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends} | note
     about = {"options": dict(plan.options), "labels": list(plan.labels), "entries": facts}
     return Artifact(out, plan.precision, entries, about)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
-from edgeattn.targets.base import BGR, Artifact, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import BGR, Artifact, Step, TraceValue, check_feeds, entry_of
 
 
 class CoreMLRuntime:
@@ -41,9 +41,15 @@ class CoreMLRuntime:
         labels = self._artifact.facts.get("labels", ())
         return {t.name: _array(outputs[t.name], labels) for t in spec.outputs}
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
         """Core ML shows nothing of what is inside; the interpreter does."""
         yield from ()
+
+    def steps(self, entry: str) -> list[Step]:
+        """Nothing, see ``trace``."""
+        return []
 
 
 def _image(pixels: Array, layout: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor as TorchTensor
 
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, Step, Tensor, TraceValue, check_feeds, entry_of
+from edgeattn.targets.coreml.describe import PREFIX
 from edgeattn.targets.coreml.mil.features import Feature, features_of
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
@@ -43,16 +44,24 @@ class MilRuntime:
         function = self._function(entry)
         return _arrays(function.run(feeds, function.make_state()))
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
-        """Every float tensor that an operation gives, in order."""
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
+        """Every float tensor that an operation gives, in order; what is not wanted is not kept."""
         function = self._function(entry)
         seen: list[TraceValue] = []
 
         def keep(name: str, operation: str, value: TorchTensor) -> None:
-            seen.append(TraceValue(name, function.module_of(name), operation, value.numpy().copy()))
+            if wanted is None or name in wanted:
+                seen.append(TraceValue(name, function.module_of(name), operation, value.numpy().copy()))
 
         function.run(feeds, function.make_state(), keep)
         yield from seen
+
+    def steps(self, entry: str) -> list[Step]:
+        """The operations of the function; what is inside of control flow is part of its operation."""
+        function = self._function(entry)
+        return [Step(outs, ins, function.module_of(outs[0]), kind) for outs, ins, kind in function.operations() if outs]
 
 
 def _arrays(outputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -68,7 +77,9 @@ def _tensor(feature: Feature) -> Tensor:
 
 
 def adopt(path: Path) -> Artifact:
-    """A package as it is: its functions are the entries. No precision is known of it, and shapes may be flexible.
+    """A package as it is: its functions are the entries. Its precision is the one that EdgeAttn noted in it, or "".
+
+    Shapes may be flexible.
 
     Raises:
         UsageError: it cannot be read.
@@ -78,4 +89,4 @@ def adopt(path: Path) -> Artifact:
     for name in package.functions:
         inputs, outputs, _ = features_of(package, name)
         entries[name] = ArtifactEntry(path.name, tuple(map(_tensor, inputs)), tuple(map(_tensor, outputs)))
-    return Artifact(path.parent, "", entries, {"adopted": True})
+    return Artifact(path.parent, package.metadata.get(f"{PREFIX}precision", ""), entries, {"adopted": True})

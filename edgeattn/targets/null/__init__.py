@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from edgeattn.targets.base import (
     Availability,
     LowerPlan,
     Runtime,
+    Step,
     Target,
     Tensor,
     TraceValue,
@@ -94,6 +95,13 @@ class _NullRuntime:
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return {output.name: leaf.detach().numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
 
-    def trace(self, entry: str, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
         for name, value in self.run(entry, feeds).items():
-            yield TraceValue(name, "", "output", value)
+            if wanted is None or name in wanted:
+                yield TraceValue(name, "", "output", value)
+
+    def steps(self, entry: str) -> list[Step]:
+        spec = entry_of(self._artifact, entry)
+        return [Step(tuple(t.name for t in spec.outputs), tuple(t.name for t in spec.inputs), "", "program")]

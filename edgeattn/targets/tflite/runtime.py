@@ -80,7 +80,7 @@ class LiteRuntime:
     def steps(self, entry: str) -> list[Step]:
         """The operators of the signature's graph."""
         from edgeattn.targets.tflite import flatbuffer
-        from edgeattn.targets.tflite.modules import modules
+        from edgeattn.targets.tflite.modules import modules, paths_in
 
         model = flatbuffer.read(self._path(entry).read_bytes())
         graph, paths = model.subgraphs[flatbuffer.signature(model, entry).subgraphIndex], modules(model, entry)
@@ -89,11 +89,14 @@ class LiteRuntime:
         def names(numbers: Any) -> tuple[str, ...]:
             return tuple(flatbuffer.text(graph.tensors[n].name) for n in numbers if n in computed)
 
-        return [
-            Step(names(o.outputs), names(o.inputs), paths[o.outputs[0]], flatbuffer.operator_name(model, o))
-            for o in graph.operators
-            if len(o.outputs)
-        ]
+        found = []
+        for operator in graph.operators:
+            made, kind = names(operator.outputs), flatbuffer.operator_name(model, operator)
+            if made:
+                path = paths[operator.outputs[0]]
+                fused = tuple(dict.fromkeys(other for other in paths_in(made[0]) if other != path))
+                found.append(Step(made, names(operator.inputs), path, kind, fused))
+        return found
 
 
 def adopt(path: Path) -> Artifact:

@@ -25,7 +25,7 @@ def mend(module: fx.GraphModule, precision: str, without: frozenset[str] = froze
     """Apply every mend to a graph; the number of places that each changed, where it changed any.
 
     Args:
-        precision: ``fp16`` where activations will be stored in float16.
+        precision: all but ``fp32`` store activations in float16.
         without: names to leave out, for the tests that ask whether a mend is still needed.
     """
     changed = {

@@ -27,7 +27,7 @@ def mend(module: fx.GraphModule, precision: str) -> int:
         write, axes = Writer(node), list(range(-len(shape), 0))
         eps = torch.finfo(value(x).dtype).eps if eps is None else eps
         y, added = x, eps
-        if precision == "fp16":
+        if precision != "fp32":
             largest = write(_ATEN.amax.default, write(_ATEN.abs.default, x), axes, True)
             inverse = write(_ATEN.reciprocal.default, write(_ATEN.clamp.default, largest, 1.0))
             y = write(_ATEN.mul.Tensor, x, inverse)

@@ -259,6 +259,17 @@ class Function:
         """Path of the torch module that a value came from; "" if that is not known."""
         return self._modules.get(value, "")
 
+    def operations(self) -> list[tuple[tuple[str, ...], tuple[str, ...], str]]:
+        """Names of the values that each operation gives and reads, constants aside, and its kind; in order."""
+        return [
+            (
+                tuple(declared.name for declared in step.call.outputs),
+                tuple(item.name for _, _, items in step.moving for item in items if isinstance(item, _Ref)),
+                step.call.type,
+            )
+            for step in self._block.steps
+        ]
+
     def make_state(self) -> dict[str, Any]:
         """New states, all zeros, for ``run`` to read and to write."""
         return {s.name: [torch.zeros(s.shape, dtype=carrier(self._types[s.name], self.mode))] for s in self.states}
