@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from edgeattn.capture import ModulePath
@@ -307,8 +308,12 @@ class Simulation:
 
     def _weight(self, path: str) -> Tensor:
         if path not in self._weights:
-            scheme = self.plan.scheme(path)
-            self._weights[path] = rounded_weight(self._modules[path], scheme.weights, scheme.group)
+            module, scheme = self._modules[path], self.plan.scheme(path)
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if isinstance(module, _ConvNd):
+                scheme = scheme.for_kernel(weight.shape)
+            self._weights[path] = rounded_weight(module, scheme.weights, scheme.group)
         return self._weights[path]
 
     @contextmanager
