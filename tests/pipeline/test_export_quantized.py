@@ -52,14 +52,14 @@ def test_the_manifest_says_what_was_measured_and_on_what(tmp_path: Path) -> None
 def test_other_calibration_samples_make_another_artifact(tmp_path: Path) -> None:
     known = find("recipes")["fmvit-digits"].parent / "data" / "digits-calibration.npz"
     with np.load(known) as data:
-        np.save(tmp_path / "dark.npy", data["x"][:64] // 2)
+        np.save(tmp_path / "dark.npy", (data["x"] * 0.9).astype(np.uint8))
     usual = export("w8a8", tmp_path / "a")
     dark = export("w8a8", tmp_path / "b", calibration=str(tmp_path / "dark.npy"))
     scales = [
         [op["activation_scale"] for op in bundle.manifest.facts["entries"]["main"]["quantized"]["operations"]]
         for bundle in (usual, dark)
     ]
-    assert scales[0][0] > 1.2 * scales[1][0]
+    assert scales[0][0] > 1.03 * scales[1][0]
     assert usual.manifest.key != dark.manifest.key
 
 

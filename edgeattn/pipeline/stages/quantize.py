@@ -12,6 +12,7 @@ from edgeattn.capture import Program
 from edgeattn.core.errors import UsageError, closest
 from edgeattn.core.numerics import Array
 from edgeattn.core.specs import TensorSpec
+from edgeattn.lint import Finding, gate
 from edgeattn.pipeline.context import Context
 from edgeattn.quant.calibration import CalibrationStream
 from edgeattn.quant.correct import correct
@@ -73,8 +74,9 @@ def run(context: Context) -> dict[str, Any]:
     """Check the calibration samples, make the program ready; ``coverage.json`` says what data do inside the model.
 
     Raises:
-        UsageError: the samples are unfit, or a module is to be kept that there is none of.
+        CheckFailed: lint found an error in the program. UsageError: the samples are unfit, or a module is to be kept that there is none of.
     """
+    gate([Finding(**finding) for finding in context.results["lint"].facts["findings"]])
     model = context.value("reparameterize")
     names = [name for name, _ in model.named_modules() if name]
     if unused := context.job.quant.unused(names):
