@@ -74,7 +74,8 @@ def run(context: Context) -> dict[str, Any]:
     """Check the calibration samples, make the program ready; ``coverage.json`` says what data do inside the model.
 
     Raises:
-        CheckFailed: lint found an error in the program. UsageError: the samples are unfit, or a module is to be kept that there is none of.
+        CheckFailed: lint found an error in the program.
+        UsageError: the samples are unfit, or a module is to be kept that there is none of.
     """
     gate([Finding(**finding) for finding in context.results["lint"].facts["findings"]])
     model = context.value("reparameterize")
