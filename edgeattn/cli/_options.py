@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from edgeattn.core.numerics import Array
 
 _JOB: tuple[Callable[..., Any], ...] = (
     click.argument("model"),
@@ -80,3 +83,26 @@ def parse_args(texts: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
+
+
+def read_feeds(texts: tuple[str, ...], option: str) -> dict[str, Array]:
+    """Arrays by name from ``NAME=FILE.npy``; no code in a file is run.
+
+    Raises:
+        UsageError: another form, or a file that holds no single array.
+    """
+    import numpy as np
+
+    from edgeattn.core.errors import UsageError
+
+    feeds: dict[str, Any] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        try:
+            feeds[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UsageError("an input cannot be read", value=text, where=option, why=str(error)) from error
+        if not isinstance(feeds[name], np.ndarray):
+            why = "it holds several arrays"
+            raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save")
+    return feeds

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeattn.cli._options import model_options, parse_args
+from edgeattn.cli._options import model_options, parse_args, read_feeds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from edgeattn.core.numerics import Array
     from edgeattn.pipeline.debug import Debugged
     from edgeattn.pipeline.meeting import Met
 
@@ -64,7 +63,7 @@ def command(
     from edgeattn.cli._show import Status, console
     from edgeattn.pipeline.debug import debug
 
-    feeds = _read(files) if files else None
+    feeds = read_feeds(files, "--input-file") if files else None
     with Status() as status:
         limits: dict[str, Any] = {"tolerance": tolerance, "witness": witness}
         found = debug(a, b, **given, **limits, args=parse_args(args), feeds=feeds, say=status.say)
@@ -74,30 +73,6 @@ def command(
         _show(console(), found, every)
     if not found.holds:
         sys.exit(1)
-
-
-def _read(texts: tuple[str, ...]) -> dict[str, Array]:
-    """Arrays by name from ``NAME=FILE.npy``; no code in a file is run.
-
-    Raises:
-        UsageError: another form, or a file that holds no single array.
-    """
-    import numpy as np
-
-    from edgeattn.core.errors import UsageError
-
-    feeds: dict[str, Array] = {}
-    for text in texts:
-        name, _, file = text.partition("=")
-        try:
-            value = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError("an input cannot be read", value=text, where="--input-file", why=str(error)) from error
-        if not isinstance(value, np.ndarray):
-            why = "it holds several arrays"
-            raise UsageError("an input cannot be read", value=text, where="--input-file", why=why, fix="use numpy.save")
-        feeds[name] = value
-    return feeds
 
 
 def _number(value: float | None) -> float | None:

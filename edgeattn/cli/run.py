@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeattn.cli._options import read_feeds
+
 if TYPE_CHECKING:
     from edgeattn.core.numerics import Array
     from edgeattn.targets.base import Artifact, Runtime
@@ -37,7 +39,7 @@ def command(path: str, inputs: tuple[str, ...], entry: str | None, output: str, 
 
     artifact, runtime, about = _open(Path(path))
     name = entry or ("main" if "main" in artifact.entries else next(iter(artifact.entries)))
-    feeds = _feeds(inputs)
+    feeds = read_feeds(inputs, "--input")
     folder = Path(output)
     check_writable(folder)
     results = runtime.run(name, feeds)
@@ -73,29 +75,6 @@ def _open(path: Path) -> tuple[Artifact, Runtime, str]:
     artifact = bundle.artifact()
     proven = ", ".join(f"{r.name} {r.version}" for r in bundle.manifest.runtimes)
     return artifact, target.open(artifact), target.unproven or f"run by {proven}"
-
-
-def _feeds(texts: tuple[str, ...]) -> dict[str, Array]:
-    """Arrays by name from ``NAME=FILE.npy``; no code in a file is run.
-
-    Raises:
-        UsageError: another form, or a file that holds no single array.
-    """
-    import numpy as np
-
-    from edgeattn.core.errors import UsageError
-
-    feeds: dict[str, Any] = {}
-    for text in texts:
-        name, _, file = text.partition("=")
-        try:
-            feeds[name] = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError("an input cannot be read", value=text, where="--input", why=str(error)) from error
-        if not isinstance(feeds[name], np.ndarray):
-            why = "it holds several arrays"
-            raise UsageError("an input cannot be read", value=text, where="--input", why=why, fix="use numpy.save")
-    return feeds
 
 
 def _figures(value: Array) -> dict[str, float]:
