@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import edgeattn
 from edgeattn.bundle import Bundle
@@ -222,3 +224,36 @@ def test_a_quantized_model_keeps_its_accuracy_there(precision: str, tmp_path: Pa
         answer = open_transport("qemu://cortex-a76").run(bundle.path, ["--score", "--backend", info.backend])
         assert answer["samples"] == 360
         assert answer["drop"] <= DROPS[precision], (info.backend, answer)
+
+
+class Spatial(nn.Module):
+    """Every kind of pooling and convolution, for which ONNX Runtime has float16 kernels of its own on ARM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.pools = nn.ModuleList(
+            [nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d(9)]
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.gelu(self.stem(image))
+        x = self.depthwise(self.up(x)[..., 1:-1, 1:-1])
+        a, b, c = (pool(x)[..., :9, :9] for pool in self.pools)
+        return torch.cat([a, b, c], 1).mean((2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pi")
+def test_a_guest_in_float16_loads_there(tmp_path: Path) -> None:
+    bundle = edgeattn.export(
+        f"{__file__}:Spatial",
+        inputs=["image=1x3x10x10"],
+        target="rpi",
+        precision="fp16",
+        output=tmp_path,
+    )
+    answer = open_transport("qemu://cortex-a76").run(bundle.path, ["--verify"])
+    assert [part["golden"] > 0 for part in answer["parts"]] == [True, True]

@@ -287,6 +287,13 @@ def test_what_would_overflow_inside_of_an_operation_is_kept(tmp_path, op):
     assert small.kept == []
 
 
+def test_an_average_that_arm_has_no_float16_kernel_for_is_kept(tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.AvgPool2d(2), nn.MaxPool2d(2))
+    lowered = Lowered(tmp_path / "a", model, {"x": randn(1, 4, 16, 16)}, "fp16")
+    lowered.check()
+    assert [(k["op"], "on ARM" in k["why"]) for k in lowered.kept] == [("AveragePool", True)]
+
+
 def test_a_trace_rounds_every_tensor_that_an_operation_reads(tmp_path):
     model = Fn(lambda m, x: (x + 40) * 40 - 1600)  # 1601.25 is 1601 in float16
     lowered = Lowered(

@@ -9,7 +9,7 @@ their inputs are near. No list of operation names decides.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -382,7 +382,11 @@ class _Search:
 
 
 def to_fp16(
-    model: ir.Model, samples: Sequence[Mapping[str, Array]], *, half_inside: bool = False
+    model: ir.Model,
+    samples: Sequence[Mapping[str, Array]],
+    *,
+    half_inside: bool = False,
+    refused: Callable[[ir.Node], str | None] = lambda _: None,
 ) -> tuple[ir.Model, list[Kept]]:
     """A float16 copy of ``model``, and the operations that it keeps in float32 with the reasons.
 
@@ -390,6 +394,7 @@ def to_fp16(
         model: float32, straight from the exporter.
         samples: feeds on which ranges and errors are measured; at least one.
         half_inside: whether the runtime may compute in float16 inside of LayerNormalization and Softmax too.
+        refused: why the runtime does not take a node in float16; None where it does.
     """
     if not samples:
         raise ValueError("to_fp16 needs at least one sample to measure on")
@@ -424,7 +429,7 @@ def to_fp16(
             if len(references) == 1 or item.name in outputs:
                 references[-1][item.name] = item.value
     for node in model.graph:
-        if why := _out_of_range(node, peaks, squares.get(str(node.name), 0.0)):
+        if why := refused(node) or _out_of_range(node, peaks, squares.get(str(node.name), 0.0)):
             search.keep(node, why)
     for name, total in softmaxes.items():
         if total > COUNTS_TO:
