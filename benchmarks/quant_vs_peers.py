@@ -89,7 +89,17 @@ def tflite_run(path: Path) -> Run:
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner("main")
-    return lambda feeds: next(iter(runner(**feeds).values()))
+    given = {name: (detail["dtype"], *detail["quantization"]) for name, detail in runner.get_input_details().items()}
+
+    def integers(name: str, value: Any) -> Any:
+        """What the file takes: ai-edge-quantizer's static recipe wants its inputs as integers."""
+        dtype, scale, zero = given[name]
+        if np.issubdtype(dtype, np.floating):
+            return value
+        limits = np.iinfo(dtype)
+        return np.clip(np.round(value / scale) + zero, limits.min, limits.max).astype(dtype)
+
+    return lambda feeds: next(iter(runner(**{k: integers(k, v) for k, v in feeds.items()}).values()))
 
 
 def score(run: Run, model: str) -> float:
@@ -147,7 +157,8 @@ def rows(model: str, folder: Path) -> Iterator[tuple[str, float, int]]:
     path = folder / "peer.tflite"
     for name in ("static_wi8_ai8", "dynamic_wi8_afp32", "dynamic_wi4_afp32"):
         try:
-            aeq(files["tflite fp32"], path, name, feeds)
+            with contextlib.redirect_stdout(io.StringIO()):
+                aeq(files["tflite fp32"], path, name, feeds)
             yield f"ai-edge-quantizer {name}", score(tflite_run(path), model), path.stat().st_size
         except Exception as error:  # what a peer cannot do is a result too
             print(f"ai-edge-quantizer {name} of {model}: {type(error).__name__}: {str(error).splitlines()[0]}")

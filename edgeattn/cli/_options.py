@@ -100,8 +100,12 @@ def read_feeds(texts: tuple[str, ...], option: str) -> dict[str, Array]:
         name, _, file = text.partition("=")
         try:
             feeds[name] = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError("an input cannot be read", value=text, where=option, why=str(error)) from error
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UsageError("an input cannot be read", value=text, where=option, why=why) from error
+        except (ValueError, EOFError) as error:
+            why = "it is no whole .npy file of numbers"
+            raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save") from error
         if not isinstance(feeds[name], np.ndarray):
             why = "it holds several arrays"
             raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save")

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from edgeattn.targets.base import Artifact, Runtime
 
 
-@click.command("run", short_help="Run a bundle or a Core ML package on your own data.")
+@click.command("run", short_help="Run a bundle or an artifact on your own data.")
 @click.argument("path", type=click.Path())
 @click.option("--input", "-i", "inputs", multiple=True, metavar="NAME=FILE.npy", help="An input; once for each.")
 @click.option("--entry", "-e", help="Which graph or function. [default: main, or the only one]")
 @click.option("--output", "-o", default=".", type=click.Path(), help="Folder for output.NAME.npy.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(path: str, inputs: tuple[str, ...], entry: str | None, output: str, as_json: bool) -> None:
-    """Run PATH once on this machine: a bundle, or an .mlpackage, whoever made it.
+    """Run PATH once on this machine: a bundle, or an .onnx, .tflite or .mlpackage, whoever made it.
 
     Inputs are .npy files of the dtype and shape that PATH takes; outputs are written as output.NAME.npy. A Core ML
     package runs in EdgeAttn's own interpreter of ML programs, on any system.

@@ -18,7 +18,7 @@ from torch import nn
 from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError, closest
 from edgeattn.core.specs import TensorSpec
 from edgeattn.models.checkpoint import load_state, read_state
-from edgeattn.models.init import randomize
+from edgeattn.models.init import randomize, settled
 from edgeattn.recipe import Resolved
 
 
@@ -216,7 +216,7 @@ def build(resolved: Resolved) -> Built:
     """Call the recipe's factory under its seed and load the checkpoint, if there is one.
 
     Without a checkpoint the weights are the factory's random ones; batch norms get settled statistics and a random
-    affine part (``models.init.randomize``), so that fusing them is a real test.
+    affine part (``models.init.randomize``), so that fusing them is a real test, unless the factory gave them some.
 
     Raises:
         UsageError: the factory cannot be found, fails or returns something else; the checkpoint cannot be read or
@@ -229,7 +229,7 @@ def build(resolved: Resolved) -> Built:
     built = Built(model, specs)
     if resolved.checkpoint is not None:
         load_state(model, read_state(Path(resolved.checkpoint)), resolved.checkpoint)
-    else:
+    elif not settled(model):
         randomize(model, tuple(built.random_inputs(resolved.recipe.seed).values()), resolved.recipe.seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

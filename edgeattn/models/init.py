@@ -14,6 +14,17 @@ LEAST_VARIANCE = 0.1
 batch would otherwise be amplified up to 1 / sqrt(eps), some 300 times, on the next input."""
 
 
+def settled(model: nn.Module) -> bool:
+    """Whether a batch norm of the model already has statistics, as where a factory loads its weights by itself."""
+    return any(
+        norm.running_mean is not None
+        and norm.running_var is not None
+        and bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
+        for norm in model.modules()
+        if isinstance(norm, _BatchNorm)
+    )
+
+
 def randomize(model: nn.Module, inputs: Tensor | Sequence[Any], seed: int) -> None:
     """Give every batch norm a random affine and statistics settled on a random batch, in place; leave eval mode.
 

@@ -328,6 +328,8 @@ class Target(ABC):
     keeps_wider: ClassVar[bool] = False
     #: Whether 4-bit weights are rounded as ``quant.rounding`` does, so that biases can be corrected for it.
     rounds_as_planned: ClassVar[bool] = False
+    #: Whether 8-bit data has zero points and results are rounded too; else what weighted operations read, symmetrically.
+    asymmetric: ClassVar[bool] = False
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.

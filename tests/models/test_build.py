@@ -25,15 +25,20 @@ class Net(nn.Module):
 def make(width=4):
     return Net(width)
 
+def trained(width=4):
+    net = Net(width)
+    net.n.running_mean.fill_(3.0)
+    return net
+
 def number():
     return 3
 
 def broken(width=4):
     values = {}
-    return values["absent"]  # line 21
+    return values["absent"]  # line 26
 
 def inside():
-    return nn.Linear("three", 2)  # line 24
+    return nn.Linear("three", 2)  # line 29
 
 instance = nn.Dropout(0.5)
 constant = 5
@@ -71,6 +76,13 @@ def test_the_seed_decides_the_weights(guest):
     # Without a checkpoint a batch norm is not the identity that would hide a wrong fusion.
     assert not torch.equal(first["n.weight"], torch.ones(4))
     assert not torch.equal(first["n.running_mean"], torch.zeros(4))
+
+
+def test_weights_that_a_factory_loads_by_itself_stay(guest):
+    state = make(f"{guest}:trained").model.state_dict()
+    assert state["n.running_mean"].tolist() == [3.0] * 4
+    assert state["n.weight"].tolist() == [1.0] * 4
+    assert state["n.running_var"].tolist() == [1.0] * 4
 
 
 def test_random_inputs_are_by_name_and_seeded(guest):
@@ -111,8 +123,8 @@ def test_a_checkpoint_of_another_model_is_refused(guest, tmp_path):
         ("mkae", ["no such factory", "mkae", "did you mean 'make'?"]),
         ("number", ["did not return a torch.nn.Module", "int"]),
         ("constant", ["factory failed", "not callable"]),
-        ("broken", ["factory failed", "{}.py:21", "KeyError: 'absent'"]),
-        ("inside", ["factory failed", "{}.py:24"]),
+        ("broken", ["factory failed", "{}.py:26", "KeyError: 'absent'"]),
+        ("inside", ["factory failed", "{}.py:29"]),
     ],
 )
 def test_what_is_wrong_with_a_factory(guest, source, attribute, parts):

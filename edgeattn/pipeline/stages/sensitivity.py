@@ -23,8 +23,6 @@ from edgeattn.quant.sensitivity import Error, Journal, fewest, sensitivity
 from edgeattn.quant.simulate import Operations, Simulation, Style
 from edgeattn.reparam.trace import duplicate
 
-#: How targets round data; the others quantize what weighted operations read, symmetrically.
-STYLES = {"onnx": Style(zero_point=True, outputs=True), "tflite": Style(zero_point=True, outputs=True)}
 #: Samples in a forward, where the model takes as many, and so many labelled ones at most that the advice is judged on.
 BATCH, JUDGED = 16, 256
 
@@ -109,7 +107,8 @@ def run(context: Context) -> dict[str, Any]:
     journal = Journal(Path(asked["journal"]))
     samples = _samples(context, model, quantized, asked["on"])
     say("measuring ranges")
-    style = STYLES.get(job.target, Style())
+    asymmetric = targets.get(job.target).asymmetric
+    style = Style(zero_point=asymmetric, outputs=asymmetric)
     operations = asked["what"] == "operations"
     simulation = (Operations if operations else Simulation)(model, job.quant, quantized.samples, style)
     if not simulation.units:

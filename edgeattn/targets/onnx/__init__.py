@@ -36,6 +36,7 @@ class OnnxTarget(Target):
     keeps_wider: ClassVar[bool] = True
     half_activations: ClassVar[bool] = True
     rounds_as_planned: ClassVar[bool] = True
+    asymmetric: ClassVar[bool] = True
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL)}
 
     def availability(self) -> Availability:

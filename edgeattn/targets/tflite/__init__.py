@@ -27,6 +27,7 @@ class TFLiteTarget(Target):
     runtime_tools: ClassVar[tuple[str, ...]] = (LITERT, "numpy")
     device_runtimes: ClassVar[tuple[str, ...]] = (LITERT, TFLITE_RUNTIME)
     layouts: ClassVar[tuple[str, ...]] = (NCHW, NHWC)
+    asymmetric: ClassVar[bool] = True
 
     def availability(self) -> Availability:
         """Found when every package is installed; the versions are the detail."""
