@@ -104,8 +104,8 @@ def read_feeds(texts: tuple[str, ...], option: str) -> dict[str, Array]:
             why = error.strerror or str(error)
             raise UsageError("an input cannot be read", value=text, where=option, why=why) from error
         except (ValueError, EOFError) as error:
-            why = "it is no whole .npy file of numbers"
-            raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save") from error
+            why, fix = "it is no whole .npy file of numbers", "use numpy.save"
+            raise UsageError("an input cannot be read", value=text, where=option, why=why, fix=fix) from error
         if not isinstance(feeds[name], np.ndarray):
             why = "it holds several arrays"
             raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save")

@@ -328,7 +328,7 @@ class Target(ABC):
     keeps_wider: ClassVar[bool] = False
     #: Whether 4-bit weights are rounded as ``quant.rounding`` does, so that biases can be corrected for it.
     rounds_as_planned: ClassVar[bool] = False
-    #: Whether 8-bit data has zero points and results are rounded too; else what weighted operations read, symmetrically.
+    #: Whether 8-bit data has zero points, and results are rounded too; else what weighted operations read alone.
     asymmetric: ClassVar[bool] = False
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False

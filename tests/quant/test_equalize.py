@@ -173,7 +173,7 @@ def test_a_matrix_of_weights() -> None:
         net.first[:, 2] *= 1024
     program = captured(net, x)
     even, facts = equalize(program, [{"x": x.numpy()}])
-    assert facts["pairs"][0]["scaled"] == 1
+    assert facts["pairs"][0]["scaled"]
     state = even.entries["main"].graph.state_dict
     assert state["first"][:, 2].abs().max() < net.first[:, 2].abs().max() / 8
     assert state["second"][:, 2].abs().max() > net.second[:, 2].abs().max() * 8
@@ -207,11 +207,10 @@ def test_any_chain_keeps_its_outputs_and_gets_no_wider(
     assert torch.equal(outputs(program), outputs(even))
     assert all(value.isfinite().all() for value in even.entries["main"].graph.state_dict.values())
     for pair in facts["pairs"]:
-        ends = {when: [pair[when]["given"], *pair[when]["taken"].values()] for when in ("before", "after")}
-        wide = {
-            when: max(high / low for low, high in some if low) for when, some in ends.items() if any(map(any, some))
-        }
-        assert not pair["scaled"] or wide["after"] <= 64 * wide["before"]
+        for reader in pair["to"]:
+            ends = {when: pair[when][reader]["data"] for when in ("before", "after")}
+            wide = {when: high / low for when, (low, high) in ends.items() if low}
+            assert not pair["scaled"] or wide["after"] <= 64 * wide["before"]
 
 
 def test_a_channel_a_thousand_times_the_others_is_cured() -> None:
@@ -236,6 +235,34 @@ def test_a_channel_a_thousand_times_the_others_is_cured() -> None:
     after = error()
     assert before > 0.5
     assert after < 0.02
+
+
+def test_a_channel_that_lives_by_its_bias_does_not_become_loud() -> None:
+    """As behind a batch norm that switched it off; by the ranges of weights it would become 4096 times as loud."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1)).eval()
+    with torch.no_grad():
+        net[0].weight[::4] *= 1e-7
+        net[0].bias[::4] = 0.5
+    even, facts = equalize(captured(net), [{"x": IMAGE.numpy()}])
+    state = even.entries["main"].graph.state_dict
+    assert torch.equal(state["0.bias"][::4], net[0].bias[::4])
+    assert facts["held"]
+
+
+def test_data_are_evened_out_against_what_they_are_multiplied_with() -> None:
+    """A channel that is as loud as its weights are large gets half of the factor."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False)).eval()
+    x = torch.ones(1, 4, 2, 2)
+    with torch.no_grad():
+        net[0].weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 1.0, 256.0]))[..., None, None])
+        net[2].weight.fill_(1.0)
+    even, facts = equalize(captured(net, x), [{"x": x.numpy()}])
+    state = even.entries["main"].graph.state_dict
+    assert state["0.weight"].flatten().max() == 16
+    assert state["2.weight"][:, 3].flatten().tolist() == [16.0] * 4
+    assert facts["pairs"][0]["before"]["2"] == {"data": [1.0, 256.0], "weights": [1.0, 1.0]}
+    assert facts["pairs"][0]["after"]["2"] == {"data": [1.0, 16.0], "weights": [1.0, 16.0]}
 
 
 def test_a_rule_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

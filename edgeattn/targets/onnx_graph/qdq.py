@@ -17,6 +17,7 @@ from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.quant.observe import Observer
 from edgeattn.quant.plan import QuantPlan
+from edgeattn.quant.rounding import MOST_BIAS_STEPS
 from edgeattn.targets.onnx_graph.execute import Tracer, module_of
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -258,6 +259,8 @@ class Calibration:
             assert w.weight.const_value is not None
             value = w.weight.const_value.numpy().astype(np.float32)
             scales = _weight_scales(value, w.axis, numbers)
+            if data is not None and str(data.name) in self.activations:
+                scales = self._for_bias(w, scales, self.activations[str(data.name)].scale)
             along = _along(scales, w.axis, value.ndim)
             back = numbers.round(value / along).astype(np.float32) * along
             energy = float(np.square(value, dtype=np.float64).sum()) or 1.0
@@ -266,6 +269,17 @@ class Calibration:
             if data is not None and str(data.name) in self.activations:
                 noise += self.activations[str(data.name)].noise
             self.operations.append(replace(w, noise=noise))
+
+    def _for_bias(self, of: Weighted, scales: Array, step: float) -> Array:
+        """Scales by which the bias, in steps of the data's scale times the weights', keeps within int32.
+
+        ONNX Runtime clips it, and a channel of tiny weights, as behind a batch norm that switched it off, loses what it
+        lives by.
+        """
+        bias = of.node.inputs[2] if len(of.node.inputs) > 2 else None
+        if not self.numbers.for_cpu or bias is None or bias.const_value is None:
+            return scales
+        return np.maximum(scales, np.abs(bias.const_value.numpy().astype(np.float32)) / (step * MOST_BIAS_STEPS))
 
     def _chosen(self, model: ir.Model) -> Iterator[tuple[Weighted, ir.Value | None, ir.Value | None]]:
         """The operations that the plan quantizes; their data and their output as far as these are rounded."""

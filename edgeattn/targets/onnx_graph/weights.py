@@ -91,7 +91,7 @@ def _n_bits(graph: ir.Graph, of: Weighted, group: int) -> None:
     nibbles = (padded + 8).astype(np.uint8).reshape(count, scales.shape[1], group // 2, 2)
     packed = nibbles[..., 0] | (nibbles[..., 1] << 4)
     inputs = [
-        of.data,
+        node.inputs[0],  # not ``of.data``, which may have been the result of another that has been replaced
         _constant(graph, f"{name}_int4", packed),
         _scale(graph, of, scales.reshape(-1)),
     ]

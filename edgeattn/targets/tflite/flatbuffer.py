@@ -104,6 +104,11 @@ def is_constant(model: Any, graph: Any, tensor: int) -> bool:
     return tensor >= 0 and data is not None and len(data) > 0
 
 
+def largest(model: Any, tensor: Any) -> float:
+    """The largest magnitude in a constant of float32."""
+    return float(np.abs(np.frombuffer(bytes(model.buffers[tensor.buffer].data), np.float32)).max())
+
+
 def numbered(side: Sequence[Any]) -> dict[int, Any]:
     """A converted signature's inputs or outputs by their place: the converter calls them ``args_0``, ``output_0``."""
     return {int(text(one.name).rpartition("_")[2]): one for one in side}

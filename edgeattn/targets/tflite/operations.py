@@ -19,6 +19,9 @@ STATIC = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 #: The shortest block of int4 weights that XNNPACK takes; others have to be multiples of it.
 LEAST_BLOCK = 32
 
+#: Scales of blocks are float16: below this they lose digits, and then are 0, with which LiteRT loads no file.
+LEAST_SCALE = 2.0**-14
+
 #: What data are: as they were; rounded for a range that was measured; rounded for their own range in every run.
 FLOAT, MEASURED, OWN = "float", "int8", "int8 as it runs"
 
@@ -106,7 +109,9 @@ def _block(channels: int, group: int) -> int:
     return group if group >= LEAST_BLOCK else 0
 
 
-def _how(kind: str, weights: tuple[int, ...], scheme: Scheme, runtime: str, at_the_end: bool) -> How | None:
+def _how(
+    kind: str, weights: tuple[int, ...], scheme: Scheme, runtime: str, at_the_end: bool, largest: float
+) -> How | None:
     """See ``Operation.how``.
 
     int4 weights are FULLY_CONNECTED's alone, which 1x1 convolutions become; others are int8. Measured of LiteRT 2.3.0
@@ -124,13 +129,16 @@ def _how(kind: str, weights: tuple[int, ...], scheme: Scheme, runtime: str, at_t
 
     Args:
         weights: their shape. at_the_end: its output is one of the graph's, which would be rounded to 256 levels.
+        largest: magnitude of the weights.
     """
     if scheme.floats or (scheme.data == 32 and np.prod(weights) < FEW):
         return None
     if scheme.data == 8 and kind in STATIC and not at_the_end:
         return How(8, MEASURED)
     if scheme.weights == 4 and kind == "FULLY_CONNECTED":
-        return How(4, OWN, _block(weights[-1], scheme.group))
+        block = _block(weights[-1], scheme.group)
+        if not block or largest / 7 >= LEAST_SCALE:
+            return How(4, OWN, block)
     return _eight(kind, runtime)
 
 
@@ -152,7 +160,8 @@ def operations(model: Any, plan: QuantPlan, runtime: str) -> list[Operation]:
             module = module_of_weights(graph, operator, paths[output])
             shape = tuple(int(n) for n in graph.tensors[operator.inputs[1]].shape)
             scheme = plan.scheme(module)
-            how = _how(kind, shape, scheme, runtime, output in graph.outputs)
+            largest = flatbuffer.largest(model, graph.tensors[operator.inputs[1]]) if scheme.weights == 4 else 0.0
+            how = _how(kind, shape, scheme, runtime, output in graph.outputs, largest)
             name = flatbuffer.text(graph.tensors[output].name)
             data = int(operator.inputs[2 if kind == "TRANSPOSE_CONV" else 0])
             found.append(Operation(item.subgraphIndex, output, data, kind, name, module, scheme, how))

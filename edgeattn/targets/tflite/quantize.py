@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from edgeattn.core.errors import CheckFailed, ConversionFailed
+from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.quant.plan import QuantPlan
+from edgeattn.quant.rounding import MOST_BIAS_STEPS, rounded
 from edgeattn.targets.base import LowerPlan, Tensor
 from edgeattn.targets.tflite import TFLITE_RUNTIME, flatbuffer
 from edgeattn.targets.tflite.operations import FLOAT, MEASURED, Operation, operations
@@ -19,6 +21,8 @@ from edgeattn.targets.tflite.ranges import measure
 
 #: What a precision is made of, in words.
 _NUMBERS = {"w8a8": "int8 weights and data", "w8": "int8 weights", "w4": "int4 weights"}
+#: A scale that float16 holds, small beside ``operations.LEAST_SCALE``.
+NEXT_TO_ZERO = 2.0**-22
 _NUMBERED = re.compile(r"\d+\.\d+\.")
 
 
@@ -87,6 +91,63 @@ def _integers(model: Any, found: Sequence[Operation], ranges: Mapping[tuple[int,
     return quantized
 
 
+def _round(model: Any, found: Sequence[Operation]) -> None:
+    """Weights of 4 bits become what they are worth in them, with the best scales, which the quantizer finds again.
+
+    Its own scales, a block's largest magnitude over 7, leave larger errors. What else reads those weights must want
+    the same of them.
+    """
+    blocks = {(o.graph, o.output): o.how.block for o in found if o.how is not None and o.how.bits == 4}
+    wanted: dict[int, set[tuple[int, ...]]] = {}
+    for number, graph in enumerate(model.subgraphs):
+        for operator in graph.operators:
+            block = blocks.get((number, int(operator.outputs[0])))
+            for place, tensor in ((i, graph.tensors[n]) for i, n in enumerate(operator.inputs) if n >= 0):
+                how = () if block is None or place != 1 else (block, *(int(n) for n in tensor.shape))
+                wanted.setdefault(int(tensor.buffer), set()).add(how)
+    for buffer, hows in wanted.items():
+        if len(hows) == 1 and (how := hows.pop()):
+            rows = np.frombuffer(bytes(model.buffers[buffer].data), np.float32).reshape(how[1:])
+            values: Array = rounded(rows, 4, how[0], lowest=-7)
+            if how[0]:
+                # A block of zeros would get a scale that float16 does not hold: one weight in it becomes next to 0.
+                parts = values.reshape(-1, how[0])
+                empty = np.abs(parts).max(axis=1) < 7 * NEXT_TO_ZERO
+                parts[empty] = 0.0
+                parts[empty, 0] = 7 * NEXT_TO_ZERO
+            model.buffers[buffer].data = np.frombuffer(values.tobytes(), np.uint8)
+
+
+def _hold_biases(
+    model: Any, measured: Sequence[Operation], ranges: Mapping[tuple[int, int], tuple[float, float]]
+) -> None:
+    """Where a bias, in steps of the data's scale times the weights', would leave int32, the largest weight is raised.
+
+    The quantizer clips it, and a channel of tiny weights, as behind a batch norm that switched it off, loses what it
+    lives by. The weight makes of the largest datum 1.5e-5 of the bias.
+    """
+    at = {(o.graph, o.output): o for o in measured}
+    for number, graph in enumerate(model.subgraphs):
+        for operator in graph.operators:
+            operation = at.get((number, int(operator.outputs[0])))
+            if operation is None or len(operator.inputs) < 3 or operator.inputs[2] < 0:
+                continue
+            tensors = [graph.tensors[operator.inputs[i]] for i in (1, 2)]
+            weight, bias = (np.frombuffer(bytes(model.buffers[t.buffer].data), np.float32) for t in tensors)
+            last = operation.kind == "DEPTHWISE_CONV_2D"
+            shape = (-1, len(bias)) if last else (len(bias), -1)
+            rows = weight.reshape(shape).T.copy() if last else weight.reshape(shape).copy()
+            low, high = ranges[number, operation.data]
+            step = (max(high, 0.0) - min(low, 0.0)) / 255 or 1.0
+            least = 127 * np.abs(bias) / (step * MOST_BIAS_STEPS)
+            places = np.arange(len(rows)), np.abs(rows).argmax(axis=1)
+            raised = np.abs(rows[places]) < least
+            if raised.any():
+                rows[places] = np.where(raised, np.copysign(least, rows[places]), rows[places])
+                data = np.ascontiguousarray(rows.T if last else rows).tobytes()
+                model.buffers[tensors[0].buffer].data = np.frombuffer(data, np.uint8)
+
+
 def _refuse(plan: LowerPlan) -> None:
     """Raises ConversionFailed for what tflite-runtime computes wrong, or not at all."""
     if plan.precision == "w4" and plan.runtime == TFLITE_RUNTIME:
@@ -127,6 +188,8 @@ def quantize(
     if measured:
         wanted = {(o.graph, tensor) for o in measured for tensor in (o.data, o.output)}
         ranges = measure(model, wanted, inputs, plan.calibration or plan.samples, quant.observer)
+        _hold_biases(model, measured, ranges)
+    _round(model, chosen)
     try:
         with quiet():
             made = _integers(model, chosen, ranges)

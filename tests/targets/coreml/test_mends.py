@@ -5,6 +5,7 @@ A test of the second kind that fails says that coremltools does without the mend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,17 @@ class Packed(nn.Module):
         return y.transpose(1, 2).reshape(b, n, c)
 
 
+class Pooled(nn.Module):
+    """A maximum pooling by 2 whose stride is left away."""
+
+    def __init__(self, pool: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x, 2)
+
+
 class Logic(nn.Module):
     """Truth values joined by operators."""
 
@@ -81,7 +93,9 @@ class Filled(nn.Module):
 
 
 def test_all_mends_are_tested() -> None:
-    assert mends.names() == ["alias", "avg_pool_ceil", "dunder", "gqa", "qkv_rank5", "rms_norm", "where_scalar"]
+    assert mends.names() == [
+        "alias", "avg_pool_ceil", "dunder", "gqa", "max_pool_stride", "qkv_rank5", "rms_norm", "where_scalar",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
@@ -95,6 +109,8 @@ def test_all_mends_are_tested() -> None:
         ("avg_pool_ceil", nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), (2, 3, 8, 6)),
         ("avg_pool_ceil", nn.AvgPool2d(3, 2, 1, ceil_mode=True), (1, 4, 8, 9)),
         ("avg_pool_ceil", nn.AvgPool2d((3, 2), (2, 3), (1, 0), ceil_mode=True, count_include_pad=False), (1, 4, 8, 9)),
+        ("max_pool_stride", Pooled(F.max_pool1d), (2, 6, 8)),
+        ("max_pool_stride", Pooled(F.max_pool2d), (2, 3, 7, 6)),
         ("dunder", Logic(), (4, 8)),
         ("where_scalar", Filled(), (4, 8)),
         ("qkv_rank5", Packed(True), (2, 9, 32)),
@@ -112,12 +128,19 @@ def test_holds(
     assert not made.facts["high_rank"]
 
 
+def test_a_pooling_over_three_axes_without_a_stride_holds(tmp_path: Path) -> None:
+    made = lowered(Pooled(F.max_pool3d), {"x": torch.randn(1, 2, 4, 7, 6)}, tmp_path, "fp16")
+    assert made.facts["mends"] == {"max_pool_stride": 1}
+    assert made.numerics()["y"].holds(5e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "shape"),
     [
         ("alias", Masked(), (2, 6, 6)),
         ("dunder", Logic(), (4, 8)),
         ("gqa", Grouped(), (2, 7, 64)),
+        ("max_pool_stride", Pooled(F.max_pool2d), (2, 3, 7, 6)),
         ("where_scalar", Filled(), (4, 8)),
     ],
 )
