@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Rows of the table before the first divergence and after it, unless all are asked for.
 _BEFORE, _AFTER = 12, 6
+#: Modules that were fused with the one to blame are named up to so many.
+_NAMED = 8
 #: How many of the largest errors are named where no single module is to blame.
 _JUMPS = 5
 
@@ -181,10 +183,16 @@ def _show(out: Console, found: Debugged, every: bool) -> None:
     if first is not None:
         sure = "" if found.comparison.sure else ", though not proven"
         name = f"[bold]{escape(found.comparison.culprit or '(model)')}[/bold]"
-        fused = f", fused with {', '.join(found.others)}" if found.others else ""
         gone = "" if found.comparison.reaches else "; what follows levels its error out before the outputs"
-        words = f"the first module to diverge{sure}{fused}: {first.op}, tensor {first.tensor}{gone}"
-        facts.add_row("module", f"{name} is {escape(words)}")
+        if len(found.others) > _NAMED:
+            words = f"one of {len(found.others)} modules before it: no tensor between them could be compared"
+            facts.add_row(
+                "module", f"{name} diverges{sure}, or {escape(f'{words}; {first.op}, tensor {first.tensor}')}"
+            )
+        else:
+            fused = f", fused with {', '.join(found.others)}" if found.others else ""
+            words = f"the first module to diverge{sure}{fused}: {first.op}, tensor {first.tensor}{gone}"
+            facts.add_row("module", f"{name} is {escape(words)}")
     elif not found.holds:
         facts.add_row("module", "no single module: it builds up. The largest jumps:")
         for item in found.comparison.jumps(_JUMPS):
