@@ -5,6 +5,7 @@ A target's own module must import without its toolchain and without torch; it re
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from edgeattn.core.errors import CheckFailed, UsageError, unknown
-from edgeattn.core.numerics import TOLERANCES, Array
+from edgeattn.core.numerics import TOGETHER, TOLERANCES, Array
 from edgeattn.core.specs import Ranges, shape_words, step_of
 from edgeattn.quant.plan import QuantPlan
 
@@ -338,6 +339,10 @@ class Target(ABC):
     def tolerance(self, precision: str) -> float:
         """The largest relative L2 between an artifact of that precision and the float32 reference."""
         return self.tolerances.get(precision, TOLERANCES[precision])
+
+    def tolerance_together(self, precision: str) -> float:
+        """The same over all samples together, which is no more."""
+        return min(self.tolerance(precision), TOGETHER.get(precision, math.inf))
 
     def unproven_of(self, options: Mapping[str, str]) -> str:
         """``unproven`` for settled options."""

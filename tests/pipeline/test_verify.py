@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeattn.core.numerics import TOLERANCES
-from edgeattn.pipeline.stages.verify import AS_RUN, TOGETHER, _failed, _Measured
+from edgeattn import targets
+from edgeattn.pipeline.stages.verify import AS_RUN, _failed, _Measured
 
 BOUNDS = (0.2, 0.1)
 
@@ -53,5 +53,7 @@ def test_equal_samples_hold_as_their_root_mean_square(errors: list[float]) -> No
     assert close or (not _failed(samples(*errors), BOUNDS)) == holds
 
 
-def test_what_holds_together_is_stricter() -> None:
-    assert all(bound < TOLERANCES[precision] for precision, bound in TOGETHER.items())
+def test_what_holds_together_is_no_looser() -> None:
+    target = targets.get("onnx")
+    assert target.tolerance_together("w8a8") < target.tolerance("w8a8")
+    assert target.tolerance_together("fp32") == target.tolerance("fp32")

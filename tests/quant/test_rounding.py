@@ -50,19 +50,3 @@ def test_zeros_stay_zeros(bits: int) -> None:
     integers, scales = round_rows(np.zeros((2, 40), np.float32), bits, 32)
     assert not integers.any()
     assert (scales == 1).all()
-
-
-@settings(max_examples=200, deadline=None)
-@given(ROWS, st.sampled_from([0, 16, 32]))
-def test_a_plain_quantizer_finds_the_same_integers_again(rows: np.ndarray, group: int) -> None:
-    """Scales of 7 bits after the point at that, as some files have them; a row's last block may be a shorter one."""
-    integers, _ = round_rows(rows, 4, group, lowest=-7)
-    assert integers.min() >= -7
-    back = rounded(rows, 4, group, lowest=-7)
-    width = min(group or rows.shape[1], rows.shape[1])
-    for start in range(0, rows.shape[1], width):
-        block = back[:, start : start + width].astype(np.float64)
-        plain = np.abs(block).max(axis=1, keepdims=True) / 7
-        plain[plain == 0] = 1.0
-        plain *= 1 + 2.0**-8
-        assert (np.rint(block / plain) == integers[:, start : start + width]).all()

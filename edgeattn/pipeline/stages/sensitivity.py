@@ -122,7 +122,7 @@ def run(context: Context) -> dict[str, Any]:
     if known:
         say(f"goes on where it stopped: {known} of {len(simulation.units)} are measured")
     rows = sensitivity(simulation, samples.feeds, samples.labels, journal, say)
-    tolerance = targets.get(job.target).tolerance(job.precision)
+    tolerance = targets.get(job.target).tolerance_together(job.precision)
     judged = _samples(context, model, quantized, max(JUDGED, asked["on"])) if samples.labels else samples
 
     def holds(error: Error) -> bool:

@@ -24,10 +24,6 @@ SAMPLES_OFF = 1
 #: The same of quantized artifacts, as a share of the samples.
 SHARE_OFF = {"w8": 0.005, "w8a8": 0.01, "fp8": 0.01, "w4": 0.02}
 
-#: Largest relative L2 of an output over all golden samples together, where single ones may be further off: one small
-#: output among others is no reason to let all of them go that far.
-TOGETHER = {"w8a8": 1e-1, "fp8": 1e-1}
-
 #: How an artifact's runtime computes by itself.
 AS_RUN = "as run"
 
@@ -182,8 +178,7 @@ def run(context: Context) -> dict[str, Any]:
     target = targets.get(job.target)
     artifact = artifact_of(context.results["lower"], job.precision)
     runtime, inputs = target.open(artifact), artifact.entries["main"].inputs
-    tolerance = target.tolerance(job.precision)
-    bounds = (tolerance, min(tolerance, TOGETHER.get(job.precision, tolerance)))
+    bounds = target.tolerance(job.precision), target.tolerance_together(job.precision)
     warnings: dict[str, None] = {}
     measured: list[_Measured] = []
     for i, (sample_feeds, reference) in enumerate(context.golden()):

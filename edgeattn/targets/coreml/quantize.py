@@ -21,7 +21,6 @@ from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.quant.observe import Observer
 from edgeattn.quant.plan import QuantPlan
-from edgeattn.quant.rounding import rounded
 from edgeattn.targets.base import LowerPlan, Tensor, own_feeds
 from edgeattn.targets.coreml import PALETTE
 from edgeattn.targets.coreml.facts import operations
@@ -181,34 +180,6 @@ def _form(uses: Sequence[Use], plan: QuantPlan, options: Mapping[str, str]) -> F
     return Form(4, block)
 
 
-class _Round(AbstractGraphPass):  # type: ignore[misc]
-    """Makes of weights what they are worth in blocks of 4 bits, with the best scales; coremltools finds these again.
-
-    Its own scales, a block's largest magnitude over 7, leave larger errors.
-    """
-
-    def __init__(self, blocks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
-        """Block, and axes of the output and input channels, by the constant's name."""
-        self._blocks = blocks
-
-    def apply(self, prog: Any) -> None:
-        """Change the program in place."""
-        for function in prog.functions.values():
-            for operation in function.find_ops(op_type="const"):
-                (output,) = operation.outputs
-                if output.name not in self._blocks:
-                    continue
-                block, axes = self._blocks[output.name]
-                rows = np.moveaxis(output.val.astype(np.float32), axes, (-2, -1))
-                made = rounded(rows.reshape(-1, rows.shape[-1]), 4, block, lowest=-7).reshape(rows.shape)
-                value = np.moveaxis(made, (-2, -1), axes).astype(output.val.dtype)
-                inside = operation.enclosing_block
-                with inside:
-                    best = mb.const(val=value, before_op=operation, name=output.name)
-                inside.replace_uses_of_var_after_op(anchor_op=operation, old_var=output, new_var=best)
-                inside.remove_ops([operation])
-
-
 class _Pairs(AbstractGraphPass):  # type: ignore[misc]
     """Puts the data of operations through a pair of ``quantize`` and ``dequantize``, one for all its readers."""
 
@@ -351,11 +322,6 @@ def quantize(model: Any, modules: Mapping[str, str], inputs: Sequence[Tensor], p
             model = _apply_graph_pass(model, _Pairs(rounded, scales))
         for use in reversed(rounded.values()):  # the first reader names a pair
             known |= {f"{use.data}_quantized": use.module, f"{use.data}_dequantized": use.module}
-    axes = {use.weight: use.axes for use in chosen}
-    blocks = {name: (form.block, axes[name]) for name, form in forms.items() if form.block}
-    if blocks:
-        with quiet():
-            model = _apply_graph_pass(model, _Round(blocks))
     compress = cto.palettize_weights if palette else cto.linear_quantize_weights
     with quiet():
         config = cto.OptimizationConfig(op_name_configs={name: form.config for name, form in forms.items()})

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from edgeattn.core.errors import CheckFailed, ConversionFailed
-from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.quant.plan import QuantPlan
-from edgeattn.quant.rounding import MOST_BIAS_STEPS, rounded
+from edgeattn.quant.rounding import MOST_BIAS_STEPS
 from edgeattn.targets.base import LowerPlan, Tensor
 from edgeattn.targets.tflite import TFLITE_RUNTIME, flatbuffer
 from edgeattn.targets.tflite.operations import FLOAT, MEASURED, Operation, operations
@@ -91,31 +90,21 @@ def _integers(model: Any, found: Sequence[Operation], ranges: Mapping[tuple[int,
     return quantized
 
 
-def _round(model: Any, found: Sequence[Operation]) -> None:
-    """Weights of 4 bits become what they are worth in them, with the best scales, which the quantizer finds again.
-
-    Its own scales, a block's largest magnitude over 7, leave larger errors. What else reads those weights must want
-    the same of them.
-    """
-    blocks = {(o.graph, o.output): o.how.block for o in found if o.how is not None and o.how.bits == 4}
-    wanted: dict[int, set[tuple[int, ...]]] = {}
+def _fill_empty_blocks(model: Any, found: Sequence[Operation]) -> None:
+    """In a block of zeros one weight becomes next to 0: its scale would be one that float16 does not hold."""
+    blocks = {(o.graph, o.output): o.how.block for o in found if o.how is not None and o.how.block}
     for number, graph in enumerate(model.subgraphs):
         for operator in graph.operators:
             block = blocks.get((number, int(operator.outputs[0])))
-            for place, tensor in ((i, graph.tensors[n]) for i, n in enumerate(operator.inputs) if n >= 0):
-                how = () if block is None or place != 1 else (block, *(int(n) for n in tensor.shape))
-                wanted.setdefault(int(tensor.buffer), set()).add(how)
-    for buffer, hows in wanted.items():
-        if len(hows) == 1 and (how := hows.pop()):
-            rows = np.frombuffer(bytes(model.buffers[buffer].data), np.float32).reshape(how[1:])
-            values: Array = rounded(rows, 4, how[0], lowest=-7)
-            if how[0]:
-                # A block of zeros would get a scale that float16 does not hold: one weight in it becomes next to 0.
-                parts = values.reshape(-1, how[0])
-                empty = np.abs(parts).max(axis=1) < 7 * NEXT_TO_ZERO
-                parts[empty] = 0.0
-                parts[empty, 0] = 7 * NEXT_TO_ZERO
-            model.buffers[buffer].data = np.frombuffer(values.tobytes(), np.uint8)
+            if block is None:
+                continue
+            buffer = model.buffers[graph.tensors[operator.inputs[1]].buffer]
+            weights = np.frombuffer(bytes(buffer.data), np.float32).reshape(-1, block).copy()
+            empty = np.abs(weights).max(axis=1) < 7 * NEXT_TO_ZERO
+            if empty.any():
+                weights[empty] = 0.0
+                weights[empty, 0] = 7 * NEXT_TO_ZERO
+                buffer.data = np.frombuffer(weights.tobytes(), np.uint8)
 
 
 def _hold_biases(
@@ -189,7 +178,7 @@ def quantize(
         wanted = {(o.graph, tensor) for o in measured for tensor in (o.data, o.output)}
         ranges = measure(model, wanted, inputs, plan.calibration or plan.samples, quant.observer)
         _hold_biases(model, measured, ranges)
-    _round(model, chosen)
+    _fill_empty_blocks(model, chosen)
     try:
         with quiet():
             made = _integers(model, chosen, ranges)
