@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from edgeattn.quant.observe import METHODS, Observer
 
 #: How many times the median of the others makes an outlier: three of eight bits.
 OUTLIER = 8.0
+#: Feeds that go through a model at once, where it takes as many: looking at a tensor costs more than making it.
+AT_ONCE = 8
 #: A range that grows by less than this is settled.
 GROWTH = 0.01
 #: Fewer samples than these are few.
@@ -45,20 +48,28 @@ class _Watch:
         self.settled = 0
         self.loudest, self.loudest_at = 0.0, 0
         self._peaks: Array = np.zeros(_PEAKS, np.int64)
-        self._span = 0.0
+        self._low = self._high = self._span = 0.0
 
     def add(self, y: Tensor, start: int, samples: int, batch: int) -> None:
         """Count a module's output for the samples from number ``start`` on, in a feed of ``batch``."""
         self.observer.add(y.numpy())
-        span = self.observer.highest - self.observer.lowest
-        if span > self._span * (1 + GROWTH):
-            self._span, self.settled = span, start + samples
         low, high = _ends(y, self.axis)
         if self.axis is not None:
             self._channels(low.numpy(), high.numpy(), y.numel() // low.shape[1])
-        if low.shape[0] % batch == 0:
-            peaks = torch.maximum(low.abs(), high.abs()).reshape(batch, -1).amax(1)[:samples].double().numpy()
-            self._loudness(np.where(np.isfinite(peaks), peaks, 0.0), start)
+        if low.shape[0] % batch:  # the samples are mixed
+            self._grow([self.observer.lowest], [self.observer.highest], start + samples - 1)
+            return
+        lows, highs = (v.reshape(batch, -1)[:samples].double() for v in (low, high))
+        ends = [np.nan_to_num(v.numpy(), posinf=0.0, neginf=0.0) for v in (lows.amin(1), highs.amax(1))]
+        self._grow(ends[0], ends[1], start)
+        self._loudness(np.maximum(np.abs(ends[0]), np.abs(ends[1])), start)
+
+    def _grow(self, lows: Iterable[float], highs: Iterable[float], start: int) -> None:
+        """Note the last sample by which the range grew, given the ends of each from number ``start`` on."""
+        for number, (low, high) in enumerate(zip(lows, highs, strict=True), start + 1):
+            self._low, self._high = min(self._low, low), max(self._high, high)
+            if self._high - self._low > self._span * (1 + GROWTH):
+                self._span, self.settled = self._high - self._low, number
 
     def _channels(self, low: Array, high: Array, numbers: int) -> None:
         """Count the ends of each channel in each row; ``numbers`` of a channel they stand for."""
@@ -134,6 +145,24 @@ def _axis(module: nn.Module, y: Tensor) -> int | None:
     return y.ndim - 1 if last or not spatial else 1
 
 
+def _takes_several(model: nn.Module, feeds: Sequence[Mapping[str, Array]], names: Sequence[str]) -> bool:
+    """Whether a model makes of several feeds at once what it makes of each."""
+
+    def run(*some: Mapping[str, Array]) -> list[Tensor]:
+        made = model(*(torch.from_numpy(np.concatenate([feed[name] for feed in some])) for name in names))
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+
+    try:
+        with torch.no_grad():
+            apart, together = [run(feed) for feed in feeds], run(*feeds)
+            return all(
+                torch.allclose(torch.cat(parts).float(), whole.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
+                for *parts, whole in zip(*apart, together, strict=True)
+            )
+    except Exception:  # written for its own batch size only
+        return False
+
+
 @contextmanager
 def _outputs(model: nn.Module, see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with each float output of each module; what a module only hands on is seen once."""
@@ -166,12 +195,14 @@ def coverage(
     stream: CalibrationStream,
     method: str = METHODS[0],
     golden: Iterable[Mapping[str, Array]] = (),
+    used: int | None = None,
 ) -> dict[str, Any]:
     """Run calibration samples through a model and say what they cover.
 
     Args:
         model: the deploy form, in eval mode, on the CPU. method: how ranges are chosen, see ``quant.observe.METHODS``.
-        golden: feeds that the ranges shall hold for as well.
+        golden: feeds that the ranges shall hold for as well. used: on how many samples ranges are measured, of which
+            these may be a part.
 
     Returns:
         Plain data: ``samples``; ``settled``, the number of samples after which no module's range grew by more than 1 %
@@ -188,17 +219,21 @@ def coverage(
     names = [spec.name for spec in stream.form.inputs]
     watches: dict[str, _Watch] = {}
     total = len(stream.chosen)
-    start = 0
+    start = rows = 0
 
     def watch(path: str, module: nn.Module, y: Tensor) -> None:
         if path not in watches:
             watches[path] = _Watch(method, _axis(module, y))
-        watches[path].add(y, start, min(batch, total - start), batch)
+        watches[path].add(y, start, min(rows, total - start), rows)
 
+    two = list(islice(stream, 2))
+    several = AT_ONCE if stream.form.batch and len(two) == 2 and _takes_several(model, two, names) else 1
+    feeds = iter(stream)
     with _outputs(model, watch):
-        for feed in stream:
-            model(*(torch.from_numpy(feed[name]) for name in names))
-            start += batch
+        while group := list(islice(feeds, several)):
+            rows = batch * len(group)
+            model(*(torch.from_numpy(np.concatenate([feed[name] for feed in group])) for name in names))
+            start += rows
     modules = [{"module": path, **seen.facts()} for path, seen in watches.items()]
     left: dict[str, tuple[float, float, int]] = {}
 
@@ -229,13 +264,13 @@ def coverage(
         "inputs": {name: asdict(found) for name, found in survey.statistics.items()},
         "modules": modules,
     }
-    return report | {"warnings": list(_warnings(report, stream))}
+    return report | {"warnings": list(_warnings(report, stream, used or total))}
 
 
-def _warnings(report: Mapping[str, Any], stream: CalibrationStream) -> Iterator[str]:
+def _warnings(report: Mapping[str, Any], stream: CalibrationStream, used: int) -> Iterator[str]:
     total, modules = report["samples"], report["modules"]
-    if total < FEW:
-        yield f"only {total} calibration samples: ranges are better measured on {FEW} and more"
+    if used < FEW:
+        yield f"only {used} calibration samples: ranges are better measured on {FEW} and more"
     if report["constant"]:
         yield f"{report['constant']} of {total} calibration samples are constant"
     yield from _input_warnings(report["inputs"], stream)
@@ -266,7 +301,7 @@ def _warnings(report: Mapping[str, Any], stream: CalibrationStream) -> Iterator[
         label = stream.label(most["loudest_sample"])
         yield f"{label} is {most['sample_ratio']:.0f} times as loud as the median in module {most['module']}"
     late = [facts for facts in modules if facts["settled"] > 0.75 * total]
-    if total >= 4 and len(late) > GROWING * len(modules):
+    if used == total >= 4 and len(late) > GROWING * len(modules):
         more = "use more of them" if total < stream.of else "more are needed"
         yield f"the ranges of {_count(late)} of {len(modules)} still grew in the last quarter of the samples: {more}"
     if left := [facts for facts in modules if (facts.get("golden_left") or 0) > LEFT]:

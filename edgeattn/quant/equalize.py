@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ from edgeattn.quant.weighted import Layer, entries_for, layers, run, with_weight
 #: Largest relative L2 between the outputs before and after.
 TOLERANCE = 1e-5
 #: Samples on which this is measured.
-PROVEN_ON = 8
-#: Samples on which the data's ranges are.
-SEEN = 32
+PROVEN_ON = 2
+#: Samples on which the data's ranges are, spread over all.
+SEEN = 16
 #: log2 of the factor that a channel must be away from the middle one of its pair: ranges 4 times out of balance.
 FAR = 1.0
 #: log2 of the largest factor of a channel, all sweeps together: float16 must hold the weights too.
@@ -177,8 +178,8 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
     ReLU, pools, means, moves of places, attention's values. Where a channel reaches anything else, it stays as it is.
 
     Args:
-        samples: feeds by input name: the first ``SEEN`` of them tell the data's ranges, on the first ``PROVEN_ON`` both
-            programs run.
+        samples: feeds by input name: ``SEEN`` of them tell the data's ranges, on the first ``PROVEN_ON`` both programs
+            run.
 
     Returns:
         A new program that shares all tensors that did not change; and plain data: ``pairs`` with the smallest and
@@ -244,7 +245,8 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
 def _looked_at(program: Program, samples: Iterable[Mapping[str, Array]], peaks: _Peaks) -> set[str]:
     """Measure the data's ranges; names of the entries that ran."""
     seen = set()
-    for feeds in islice(samples, SEEN):
+    step = max(1, length_hint(samples, 0) // SEEN)
+    for feeds in islice(samples, 0, SEEN * step, step):
         for name in entries_for(program, feeds):
             seen.add(name)
             run(program.entries[name], feeds, peaks.look)

@@ -22,7 +22,7 @@ from edgeattn.quant.plan import BITS
 from edgeattn.reparam.proof import PTQ_GROWTH
 
 #: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
-LOOKED_AT = 32
+LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def run(context: Context) -> dict[str, Any]:
     }
     if BITS[context.job.precision][1] < 32:
         context.say("looking at the calibration samples")
-        report = coverage(model, _stream(context, LOOKED_AT)[0], context.job.quant.observer)
+        looked_at, observer = _stream(context, LOOKED_AT)[0], context.job.quant.observer
+        report = coverage(model, looked_at, observer, used=about["samples"])
         (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
         facts["coverage"] = {key: value for key, value in report.items() if key != "modules"}
         count, of = about["samples"], about["of"]
