@@ -19,7 +19,7 @@ from edgeattn.quant.observe import METHODS, Observer
 
 #: How many times the median of the others makes an outlier: three of eight bits.
 OUTLIER = 8.0
-#: Feeds that go through a model at once, where it takes as many: looking at a tensor costs more than making it.
+#: Samples that go through a model at once, where it takes as many: looking at a tensor costs more than making it.
 AT_ONCE = 8
 #: A range that grows by less than this is settled.
 GROWTH = 0.01
@@ -227,7 +227,8 @@ def coverage(
         watches[path].add(y, start, min(rows, total - start), rows)
 
     two = list(islice(stream, 2))
-    several = AT_ONCE if stream.form.batch and len(two) == 2 and _takes_several(model, two, names) else 1
+    several = max(1, AT_ONCE // batch) if stream.form.batch and len(two) == 2 else 1
+    several = several if several > 1 and _takes_several(model, two, names) else 1
     feeds = iter(stream)
     with _outputs(model, watch):
         while group := list(islice(feeds, several)):
