@@ -119,7 +119,9 @@ def _hold_biases(
     for number, graph in enumerate(model.subgraphs):
         for operator in graph.operators:
             operation = at.get((number, int(operator.outputs[0])))
-            if operation is None or len(operator.inputs) < 3 or operator.inputs[2] < 0:
+            if operation is None or len(operator.inputs) < 3:
+                continue
+            if not flatbuffer.is_constant(model, graph, operator.inputs[2]):
                 continue
             tensors = [graph.tensors[operator.inputs[i]] for i in (1, 2)]
             weight, bias = (np.frombuffer(bytes(model.buffers[t.buffer].data), np.float32) for t in tensors)
