@@ -63,6 +63,7 @@ def test_digits(tmp_path: Path) -> None:
     check("fmvit-digits", tmp_path)
 
 
+@pytest.mark.slow
 def test_fmvit_t(tmp_path: Path) -> None:
     check("fmvit-t", tmp_path)
 

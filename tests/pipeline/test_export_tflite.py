@@ -56,6 +56,7 @@ def test_digits(digits_tflite: Bundle, tmp_path: Path) -> None:
     assert abs(task["artifact_correct"] - task["reference_correct"]) <= 1
 
 
+@pytest.mark.slow
 def test_channels_last(tmp_path: Path) -> None:
     first, last = (
         edgeattn.export("fmvit-t", target="tflite", layout=layout, inputs=["x=1x3x64x32"], output=tmp_path)
@@ -111,6 +112,7 @@ def test_a_32_bit_pi_gets_what_its_runtime_takes(tmp_path: Path) -> None:
     assert bundle.verify().worst.relative_l2 <= 5e-2
 
 
+@pytest.mark.slow
 def test_fmvit_t(tmp_path: Path) -> None:
     check("fmvit-t", tmp_path)
 
