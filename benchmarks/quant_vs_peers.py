@@ -177,7 +177,7 @@ def timed(model: str, rounds: int, samples: int, folder: Path) -> None:
     from edgeattn.capture import capture
     from edgeattn.core.specs import TensorSpec
     from edgeattn.models.build import build
-    from edgeattn.pipeline.stages.quantize import LOOKED_AT
+    from edgeattn.pipeline.stages.quantize import looked_at
     from edgeattn.quant.calibration import CalibrationStream
     from edgeattn.quant.coverage import coverage
     from edgeattn.quant.equalize import equalize
@@ -193,7 +193,9 @@ def timed(model: str, rounds: int, samples: int, folder: Path) -> None:
     program = capture(deploy, inputs, ("logits",))
 
     def ours() -> None:
-        coverage(deploy, CalibrationStream.of_feeds(feeds[:LOOKED_AT], specs, "samples"), "mse", used=len(feeds))
+        coverage(
+            deploy, CalibrationStream.of_feeds(feeds[: looked_at(len(feeds))], specs, "samples"), "mse", used=len(feeds)
+        )
         equalize(program, feeds)
         graph = ir.load(source)
         ir.save(Calibration(graph, feeds, CPU_INT7, QuantPlan("w8a8")).apply(graph), folder / "ours.onnx")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeattn.core.numerics import Array
+from edgeattn.quant.batching import takes_several
 from edgeattn.quant.calibration import CalibrationStream
 from edgeattn.quant.observe import METHODS, Observer
 
@@ -145,24 +146,6 @@ def _axis(module: nn.Module, y: Tensor) -> int | None:
     return y.ndim - 1 if last or not spatial else 1
 
 
-def _takes_several(model: nn.Module, feeds: Sequence[Mapping[str, Array]], names: Sequence[str]) -> bool:
-    """Whether a model makes of several feeds at once what it makes of each."""
-
-    def run(*some: Mapping[str, Array]) -> list[Tensor]:
-        made = model(*(torch.from_numpy(np.concatenate([feed[name] for feed in some])) for name in names))
-        return [leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
-
-    try:
-        with torch.no_grad():
-            apart, together = [run(feed) for feed in feeds], run(*feeds)
-            return all(
-                torch.allclose(torch.cat(parts).float(), whole.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
-                for *parts, whole in zip(*apart, together, strict=True)
-            )
-    except Exception:  # written for its own batch size only
-        return False
-
-
 @contextmanager
 def _outputs(model: nn.Module, see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with each float output of each module; what a module only hands on is seen once."""
@@ -228,7 +211,7 @@ def coverage(
 
     two = list(islice(stream, 2))
     several = max(1, AT_ONCE // batch) if stream.form.batch and len(two) == 2 else 1
-    several = several if several > 1 and _takes_several(model, two, names) else 1
+    several = several if several > 1 and takes_several(model, two, names) else 1
     feeds = iter(stream)
     with _outputs(model, watch):
         while group := list(islice(feeds, several)):
@@ -302,9 +285,10 @@ def _warnings(report: Mapping[str, Any], stream: CalibrationStream, used: int) -
         label = stream.label(most["loudest_sample"])
         yield f"{label} is {most['sample_ratio']:.0f} times as loud as the median in module {most['module']}"
     late = [facts for facts in modules if facts["settled"] > 0.75 * total]
-    if used == total >= 4 and len(late) > GROWING * len(modules):
-        more = "use more of them" if total < stream.of else "more are needed"
-        yield f"the ranges of {_count(late)} of {len(modules)} still grew in the last quarter of the samples: {more}"
+    if total >= 4 and len(late) > GROWING * len(modules):
+        more = "use more of them" if used < stream.of else "more are needed"
+        which = "the samples" if used == total else f"the {total} samples that were looked at"
+        yield f"the ranges of {_count(late)} of {len(modules)} still grew in the last quarter of {which}: {more}"
     if left := [facts for facts in modules if (facts.get("golden_left") or 0) > LEFT]:
         most = worst("golden_left")
         yield (

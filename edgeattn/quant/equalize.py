@@ -30,8 +30,8 @@ from edgeattn.quant.weighted import Layer, entries_for, layers, run, with_weight
 
 #: Largest relative L2 between the outputs before and after.
 TOLERANCE = 1e-5
-#: Samples on which this is measured.
-PROVEN_ON = 2
+#: Samples on which this is measured, of those on which the data's ranges are.
+PROVEN_ON = 8
 #: Samples on which the data's ranges are, spread over all.
 SEEN = 16
 #: log2 of the factor that a channel must be away from the middle one of its pair: ranges 4 times out of balance.
@@ -178,8 +178,8 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
     ReLU, pools, means, moves of places, attention's values. Where a channel reaches anything else, it stays as it is.
 
     Args:
-        samples: feeds by input name: ``SEEN`` of them tell the data's ranges, on the first ``PROVEN_ON`` both programs
-            run.
+        samples: feeds by input name: ``SEEN`` of them tell the data's ranges, on ``PROVEN_ON`` of these both
+            programs run.
 
     Returns:
         A new program that shares all tensors that did not change; and plain data: ``pairs`` with the smallest and
@@ -193,7 +193,8 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
     names |= {p.source.bias for p in pairs if p.source.bias}
     weights = {name: state[name].detach().clone() for name in names}
     peaks = _Peaks(program)
-    missing = sorted(set(program.entries) - _looked_at(program, samples, peaks)) if pairs else []
+    runs = _looked_at(program, samples, peaks) if pairs else {}
+    missing = sorted(set(program.entries) - set(runs)) if pairs else []
     totals = [torch.zeros(len(pair.free)) for pair in pairs]
     before = [_ranges(pair, weights, peaks, total) for pair, total in zip(pairs, totals, strict=True)]
     sweeps, moved = 0, bool(pairs)
@@ -229,7 +230,7 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
         facts["words"] = facts["words"] or [f"{len(pairs)} pairs of layers are even as they are"]
         return program, facts
     even = with_weights(program, {k: v for k, v in weights.items() if not torch.equal(v, state[k])})
-    facts["relative_l2"] = _distance(program, even, samples)
+    facts["relative_l2"] = _distance(even, runs)
     worst = max(facts["relative_l2"].values(), default=math.inf)
     facts["held"] = worst <= TOLERANCE
     if not facts["held"]:
@@ -242,24 +243,29 @@ def equalize(program: Program, samples: Iterable[Mapping[str, Array]]) -> tuple[
     return even, facts
 
 
-def _looked_at(program: Program, samples: Iterable[Mapping[str, Array]], peaks: _Peaks) -> set[str]:
-    """Measure the data's ranges; names of the entries that ran."""
-    seen = set()
+#: Feeds and what a program made of them, by entry.
+_Runs = dict[str, list[tuple[Mapping[str, Array], dict[str, Tensor]]]]
+
+
+def _looked_at(program: Program, samples: Iterable[Mapping[str, Array]], peaks: _Peaks) -> _Runs:
+    """Measure the data's ranges; the first ``PROVEN_ON`` runs of each entry that ran."""
+    runs: _Runs = {}
     step = max(1, length_hint(samples, 0) // SEEN)
     for feeds in islice(samples, 0, SEEN * step, step):
         for name in entries_for(program, feeds):
-            seen.add(name)
-            run(program.entries[name], feeds, peaks.look)
-    return seen
+            made, kept = run(program.entries[name], feeds, peaks.look), runs.setdefault(name, [])
+            if len(kept) < PROVEN_ON:
+                kept.append((feeds, made))
+    return runs
 
 
-def _distance(program: Program, other: Program, samples: Iterable[Mapping[str, Array]]) -> dict[str, float]:
-    """Largest relative L2 of each output, ``ENTRY.OUTPUT``."""
+def _distance(other: Program, runs: _Runs) -> dict[str, float]:
+    """Largest relative L2 of each output from those runs, ``ENTRY.OUTPUT``."""
     found: dict[str, float] = {}
-    for feeds in islice(samples, PROVEN_ON):
-        for name in entries_for(program, feeds):
+    for name, kept in runs.items():
+        for feeds, made in kept:
             ours = run(other.entries[name], feeds)
-            for output, value in run(program.entries[name], feeds).items():
+            for output, value in made.items():
                 numerics = compare(value.double().numpy(), ours[output].double().numpy())
                 distance = numerics.relative_l2 if numerics.nonfinite == numerics.nonfinite_reference else math.inf
                 key = f"{name}.{output}"

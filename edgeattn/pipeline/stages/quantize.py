@@ -21,8 +21,15 @@ from edgeattn.quant.equalize import equalize
 from edgeattn.quant.plan import BITS
 from edgeattn.reparam.proof import PTQ_GROWTH
 
-#: Ranges are measured on all samples; what they do inside the model is looked at on so many of them.
-LOOKED_AT = 16
+#: Ranges are measured on all samples; what they do inside the model is looked at on half of them, but so many at least
+#: and at most.
+LOOKED_AT = (16, 32)
+
+
+def looked_at(samples: int) -> int:
+    """How many of so many samples."""
+    least, most = LOOKED_AT
+    return min(most, max(least, samples // 2))
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,12 @@ def run(context: Context) -> dict[str, Any]:
     }
     if BITS[context.job.precision][1] < 32:
         context.say("looking at the calibration samples")
-        looked_at, observer = _stream(context, LOOKED_AT)[0], context.job.quant.observer
-        report = coverage(model, looked_at, observer, used=about["samples"])
+        report = coverage(
+            model,
+            _stream(context, looked_at(about["samples"]))[0],
+            context.job.quant.observer,
+            used=about["samples"],
+        )
         (context.out / "coverage.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
         facts["coverage"] = {key: value for key, value in report.items() if key != "modules"}
         count, of = about["samples"], about["of"]

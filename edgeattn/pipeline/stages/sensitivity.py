@@ -19,6 +19,7 @@ from edgeattn.core.numerics import Array
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.stages.quantize import Quantized
 from edgeattn.pipeline.stages.verify import SAMPLES_OFF, SHARE_OFF
+from edgeattn.quant.batching import takes_several
 from edgeattn.quant.sensitivity import Error, Journal, fewest, sensitivity
 from edgeattn.quant.simulate import Operations, Simulation, Style
 from edgeattn.reparam.trace import duplicate
@@ -36,18 +37,6 @@ class _Samples:
     labels: list[Array] = field(default_factory=list)
 
 
-def _batch(model: nn.Module, x: Array, own: int) -> int:
-    """How many samples the model takes at once."""
-    if len(x) >= BATCH > own:
-        try:
-            with torch.no_grad():
-                model(torch.from_numpy(x[:BATCH].copy()))
-            return BATCH
-        except Exception:  # written for its own batch size only
-            pass
-    return own
-
-
 def _heldout(context: Context, model: nn.Module, count: int) -> _Samples:
     """Of the labelled held-out samples ``count``, evenly spaced; whole batches of them."""
     with np.load(context.results["reference"].folder / "heldout.npz", allow_pickle=False) as data:
@@ -55,9 +44,11 @@ def _heldout(context: Context, model: nn.Module, count: int) -> _Samples:
     spec = context.value("build").specs[0]
     chosen = np.unique(np.linspace(0, len(y) - 1, min(count, len(y))).astype(int))
     x, y = x[chosen], y[chosen]
-    size = _batch(model, x, spec.shape[0])
+    own = spec.shape[0]
+    two = [{spec.name: x[:own]}, {spec.name: x[own : 2 * own]}]
+    size = BATCH if len(x) >= BATCH > own and takes_several(model, two, [spec.name]) else own
     starts = range(0, max(len(x) - size, 0) + 1, size)
-    rest = len(x) % size if size != spec.shape[0] else 0
+    rest = len(x) % size if size != own else 0
     ends = [(s, s + size) for s in starts] + ([(len(x) - rest, len(x))] if rest else [])
     feeds: list[Mapping[str, Array]] = [{spec.name: x[a:b]} for a, b in ends]
     return _Samples(f"{ends[-1][1]} held-out samples", feeds, [y[a:b] for a, b in ends])

@@ -28,7 +28,7 @@ SHARE_OFF = {"w8": 0.005, "w8a8": 0.01, "fp8": 0.01, "w4": 0.02}
 AS_RUN = "as run"
 
 #: Random weights amplify rounding. What is more than so many times as far off as a simulation is the target's doing.
-BEYOND_SIMULATED = 2.5
+BEYOND_SIMULATED = 1.5
 
 
 def _rounded(runtime: Runtime, feeds: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Array]:
