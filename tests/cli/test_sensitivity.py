@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from edgeattn import recipe
+from edgeattn.core.schema import find
 from edgeattn.pipeline.sensitivity import Sensitivity
 from edgeattn.quant.sensitivity import Error
 from edgeattn.report.sensitivity import picture
@@ -73,6 +76,51 @@ def test_a_planted_killer_is_named_first_and_the_advice_holds(edgeattn_cli: Cli,
     assert exported.returncode == 0, exported.stderr
     held = edgeattn_cli("sensitivity", "plain.toml", "-t", "onnx", cwd=planted)
     assert "nothing has to be kept in floats" in held.stdout
+
+
+LOUD = "stages.1.1.ffn.expand"
+
+
+@pytest.fixture
+def loud_digits(tmp_path: Path) -> Path:
+    """The trained digits model with one channel 1000 times as loud once fused; it computes the same."""
+    home = find("recipes")["fmvit-digits"].parent
+    for name in ("checkpoints", "data"):
+        shutil.copytree(home / name, tmp_path / name)
+    file = tmp_path / "checkpoints" / "fmvit-digits.safetensors"
+    state, read = load_file(file), LOUD.replace("expand", "contract")
+    width = state[f"{LOUD}.branches.0.bn.weight"].numel()
+    for name, value in state.items():
+        if name.startswith(LOUD) and name.endswith((".bn.weight", ".bn.bias")):
+            value[3] *= 1000
+        elif name.startswith(read) and name.endswith(".conv.weight"):
+            groups = width // value.shape[1]
+            value[: len(value) // groups, 3] /= 1000
+    save_file(state, file)
+    recipe_text = (home / "fmvit-digits.toml").read_text()
+    (tmp_path / "loud.toml").write_text(f"{recipe_text}\n[quant]\nequalize = false\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_killer_planted_in_the_trained_model(edgeattn_cli: Cli, loud_digits: Path) -> None:
+    fused = json.loads(edgeattn_cli("reparam", "loud.toml", "--json", cwd=loud_digits).stdout)["fused"]
+    assert max(fused, key=lambda block: block["crest_growth"] or 0)["path"] == LOUD
+    assert next(block for block in fused if block["path"] == LOUD)["ptq_risk"]
+
+    broken = edgeattn_cli("export", "loud.toml", "-t", "onnx", "-p", "w8a8", cwd=loud_digits)
+    assert broken.returncode == 1
+    assert "do not hold" in broken.stderr
+
+    words = ("sensitivity", "loud.toml", "-t", "onnx", "--json")
+    assert json.loads(edgeattn_cli(*words, cwd=loud_digits).stdout)["rows"][0]["name"] == LOUD
+
+    held = edgeattn_cli("export", "loud.toml", "-t", "onnx", "-p", "w8a8", "--keep", LOUD, cwd=loud_digits)
+    assert held.returncode == 0, held.stderr
+    [manifest] = loud_digits.glob("*.onnx.w8a8/manifest.json")
+    found = json.loads(manifest.read_text())
+    assert found["task"]["reference_correct"] - found["task"]["artifact_correct"] <= 3
+    assert any(LOUD in line for line in found["facts"]["quantize"]["risks"])
 
 
 def test_what_export_evens_out_need_not_be_kept_and_a_run_goes_on(

@@ -37,6 +37,14 @@ def test_the_trained_model_keeps_its_accuracy(target: str, precision: str, tmp_p
     assert modules | set(quantized.get("modules_in_floats", ())) >= {"stem.0.conv", "head.linear"}
 
 
+@pytest.mark.parametrize("target", ["onnx", "tflite", "coreml"])
+def test_float16_keeps_the_accuracy(target: str, tmp_path: Path) -> None:
+    task = export("fp16", tmp_path, target).manifest.task
+    assert task is not None
+    assert task["samples"] == 360
+    assert task["reference_accuracy"] - task["artifact_accuracy"] <= 0.005
+
+
 def test_the_manifest_says_what_was_measured_and_on_what(tmp_path: Path) -> None:
     bundle = export("w8a8", tmp_path, samples=40)
     about = bundle.manifest.facts["quantize"]["calibration"]
