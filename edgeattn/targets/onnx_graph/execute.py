@@ -126,10 +126,11 @@ class Tracer:
             finally:
                 self._model.graph.outputs[:] = original
             names = [str(value.name) for value, _ in piece]
+            places = [(name, module_of(node), node.op_type) for name, (_, node) in zip(names, piece, strict=True)]
             for feeds in samples:
                 arrays = session.run(names, dict(feeds))
-                for name, (_, node), array in zip(names, piece, arrays, strict=True):
-                    yield TraceValue(name, module_of(node), node.op_type, array)
+                for place, array in zip(places, arrays, strict=True):
+                    yield TraceValue(*place, array)
 
 
 def trace_model(model: ir.Model, feeds: Mapping[str, Array]) -> Iterator[TraceValue]:
