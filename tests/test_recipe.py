@@ -268,7 +268,7 @@ def test_a_module_and_a_file_as_guests(tmp_path, monkeypatch):
 def test_any_file_name_gives_a_usable_name(tmp_path, stem):
     (tmp_path / f"{stem}.py").write_text("def model(): ...")
     name = resolve(str(tmp_path / f"{stem}.py"), inputs=["x=1"]).recipe.name
-    assert recipe._NAME.fullmatch(name)
+    assert recipe.schema._NAME.fullmatch(name)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,30 @@ def parse_spec(text: str) -> TensorSpec:
     return TensorSpec(match["name"], shape, dtype, low, high, dynamic)
 
 
+#: What a decoder's entries take beside their cache, and what they give beside its new rows.
+IDS, POSITION, LAST, LOGITS = "ids", "position", "last", "logits"
+
+
+def new_name(row: str) -> str:
+    """The output that has the new rows of a cache tensor."""
+    return f"new_{row}"
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """An entry: how many new tokens it takes, behind how many rows of the cache.
+
+    Attributes:
+        dynamic: at most so many of both; else exactly so many, the rows that are not filled and the tokens after the
+            last one masked.
+    """
+
+    name: str
+    tokens: int
+    cached: int
+    dynamic: bool = False
+
+
 def batches(x: Array, size: int) -> Iterator[Array]:
     """Consecutive batches of exactly ``size``; the last one is filled up with its own last sample."""
     for start in range(0, len(x), size):

@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeattn.core.errors import EdgeAttnError, ToolchainMissing, UsageError, closest
 from edgeattn.core.specs import TensorSpec
-from edgeattn.models.checkpoint import load_state, read_state
+from edgeattn.models.checkpoint import load_folder, load_state, read_config, read_state
 from edgeattn.models.init import randomize, settled
 from edgeattn.recipe import Resolved
 
@@ -196,8 +196,13 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
     target = find_callable(recipe.model.factory, resolved.folder, "factory")
     if isinstance(target, nn.Module):
         return target, specs
+    folder = Path(resolved.checkpoint) if resolved.checkpoint else None
+    content = read_config(folder) if folder and folder.is_dir() else None
     try:
-        model = target(**recipe.model.args)
+        if content is not None and hasattr(target, "from_config"):
+            model = target.from_config({**content, **recipe.model.args}, str(folder))
+        else:
+            model = target(**recipe.model.args)
     except EdgeAttnError:
         raise
     except (Exception, SystemExit) as error:
@@ -215,8 +220,10 @@ def _call(resolved: Resolved) -> tuple[nn.Module, list[TensorSpec]]:
 def build(resolved: Resolved) -> Built:
     """Call the recipe's factory under its seed and load the checkpoint, if there is one.
 
-    Without a checkpoint the weights are the factory's random ones; batch norms get settled statistics and a random
-    affine part (``models.init.randomize``), so that fusing them is a real test, unless the factory gave them some.
+    A factory with an attribute ``from_config(content, where)`` is asked for the model of a checkpoint folder's
+    ``config.json``. Without a checkpoint the weights are the factory's random ones; batch norms get settled statistics
+    and a random affine part (``models.init.randomize``), so that fusing them is a real test, unless the factory gave
+    them some.
 
     Raises:
         UsageError: the factory cannot be found, fails or returns something else; the checkpoint cannot be read or
@@ -227,7 +234,9 @@ def build(resolved: Resolved) -> Built:
         model, specs = _call(resolved)
     model.eval()  # a statement of its own: a guest's may return nothing
     built = Built(model, specs)
-    if resolved.checkpoint is not None:
+    if resolved.checkpoint is not None and Path(resolved.checkpoint).is_dir():
+        load_folder(model, Path(resolved.checkpoint))
+    elif resolved.checkpoint is not None:
         load_state(model, read_state(Path(resolved.checkpoint)), resolved.checkpoint)
     elif not settled(model):
         randomize(model, tuple(built.random_inputs(resolved.recipe.seed).values()), resolved.recipe.seed)

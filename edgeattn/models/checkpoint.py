@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import pickletools
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -125,6 +126,36 @@ def _same_kind(own: Tensor, given: Tensor) -> bool:
     return dense and (given.dtype == own.dtype or (given.is_floating_point() and own.is_floating_point()))
 
 
+def _mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[list[str], str]:
+    """Every missing, extra and mis-shaped tensor and those of another kind, a line each; and how many in words."""
+    # Step counters of batch norm do not reach the numbers; files written before PyTorch 0.4.1 lack them.
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    extra = [k for k in given if k not in own]
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    kinds = [k for k in own if k in given and not _same_kind(own[k], given[k])]
+    lines = [f"missing: {k} {tuple(own[k].shape)}" for k in missing]
+    for key in extra:
+        near = closest(key, missing)
+        lines.append(f"extra: {key} {tuple(given[key].shape)}" + (f" (is it {near}?)" if near else ""))
+    lines += [f"shape: {k} is {tuple(given[k].shape)}, the model has {tuple(own[k].shape)}" for k in shapes]
+    lines += [f"dtype: {k} is {_kind(given[k])}, the model has {_kind(own[k])}" for k in kinds]
+    return lines, (
+        f"{len(missing)} missing, {len(extra)} extra, {len(shapes)} of another shape, {len(kinds)} of another kind"
+    )
+
+
+def _refuse(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    lines, counts = _mismatches(own, given)
+    if lines:
+        raise UsageError(
+            "the checkpoint does not fit the model",
+            where=source,
+            why=counts,
+            fix="use the factory and arguments that the checkpoint was trained with",
+            details=lines,
+        )
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put ``state`` into ``model``; names and shapes must match exactly.
 
@@ -132,25 +163,80 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         UsageError: lists every missing, extra and mis-shaped tensor (with the nearest name), and those of another
             kind, such as integers for floats; the model is untouched.
     """
-    own = model.state_dict()
-    # Step counters of batch norm do not reach the numbers; files written before PyTorch 0.4.1 lack them.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    kinds = [k for k in own if k in state and not _same_kind(own[k], state[k])]
-    if missing or extra or shapes or kinds:
-        lines = [f"missing: {k} {tuple(own[k].shape)}" for k in missing]
-        for key in extra:
-            near = closest(key, missing)
-            lines.append(f"extra: {key} {tuple(state[key].shape)}" + (f" (is it {near}?)" if near else ""))
-        lines += [f"shape: {k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}" for k in shapes]
-        lines += [f"dtype: {k} is {_kind(state[k])}, the model has {_kind(own[k])}" for k in kinds]
-        raise UsageError(
-            "the checkpoint does not fit the model",
-            where=source,
-            why=f"{len(missing)} missing, {len(extra)} extra, {len(shapes)} of another shape, {len(kinds)} of "
-            "another kind",
-            fix="use the factory and arguments that the checkpoint was trained with",
-            details=lines,
-        )
+    _refuse(model.state_dict(), state, source)
     model.load_state_dict(dict(state), strict=False)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of a folder in Hugging Face's layout.
+
+    Raises:
+        UsageError: the index is damaged, or names a file that is not there or lies elsewhere.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError("the checkpoint's index is damaged", value=index, why=why, fix="copy it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise UsageError("a file of the checkpoint is missing", value=name, where=str(index), fix="copy it again")
+    return [folder / name for name in names]
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of a checkpoint; None where there is none.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError("the checkpoint's configuration is damaged", value=path, why=str(error)) from error
+    if not isinstance(content, dict):
+        raise UsageError("the checkpoint's configuration is damaged", value=path, why="it is no JSON object")
+    return content
+
+
+def load_folder(model: nn.Module, folder: Path) -> None:
+    """Put the weights of a folder in Hugging Face's layout into ``model``, one tensor after the other.
+
+    Files are memory-mapped; a tensor that has the model's dtype and needs no change is used as it lies there, so that
+    there is never more than one copy in memory. A model that stores some weights otherwise than the files has a method
+    ``from_released(name, tensor)``. Weights of ``model`` may be on the meta device.
+
+    Raises:
+        UsageError: damaged, or lists every missing, extra and mis-shaped tensor; the model is untouched then.
+    """
+    own, files, given = dict(model.state_dict()), {}, dict[str, Tensor]()
+    convert = getattr(model, "from_released", lambda name, value: value)
+    with contextlib.ExitStack() as stack:
+        for path in _shards(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                    files[name], given[name] = file, file.get_tensor(name)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UsageError(
+                    "the checkpoint is damaged",
+                    value=path,
+                    why=f"not a whole safetensors file: {error}",
+                    fix="copy it again, or compare its SHA-256 with the sender's",
+                ) from error
+        _refuse(own, given, str(folder))
+        del given
+        for name, file in files.items():
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            value = convert(name, file.get_tensor(name).to(own[name].dtype))
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[attribute] = value

@@ -170,6 +170,10 @@ class PLM(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def from_released(self, name: str, value: Tensor) -> Tensor:
+        """A weight of a checkpoint as this module holds it, see ``reordered``."""
+        return reordered(name, value, self.config, split=True)
+
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (T,) -> cos and sin (T, R / 2)."""
         assert isinstance(self.cos, Tensor)
@@ -194,7 +198,8 @@ class PLM(nn.Module):
 
     def rows(self, ids: Tensor, at: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See ``Decoder``."""
-        x, rows = self.model.embed_tokens(ids), []
+        x = self.model.embed_tokens(ids)
+        rows: list[Tensor] = []
         cos, sin = self._angles(torch.arange(ids.shape[1], device=ids.device))
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
@@ -213,37 +218,42 @@ class PLM(nn.Module):
         new: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
             assert isinstance(layer, Layer)
-            x, rows = layer.step(x, cos, sin, Past(cache[2 * i][0], cache[2 * i + 1][0], bias))
+            x, rows = layer.step(x, cos, sin, Past(cache[2 * i].squeeze(0), cache[2 * i + 1].squeeze(0), bias))
             new += [row[None] for row in rows]
         wanted = x[-1:] if last is None else x.index_select(0, last)
         return self._logits(wanted), new
 
 
-def _reordered(state: Mapping[str, Tensor], config: PLMConfig, split: bool) -> dict[str, Tensor]:
-    """Rotary rows from interleaved to half-split order, or back; other tensors as they are."""
-    rope, head = config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+def _order(rope: int, split: bool) -> Tensor:
+    """Indices that bring interleaved rotary rows into half-split order, or back."""
     order = torch.arange(rope)
-    order = torch.cat([order[0::2], order[1::2]]) if split else order.view(2, -1).t().reshape(-1)
+    return torch.cat([order[0::2], order[1::2]]) if split else order.view(2, -1).t().reshape(-1)
 
-    def turned(name: str, value: Tensor) -> Tensor:
-        if name.endswith("self_attn.q_proj.weight") and value.shape[0] == config.num_attention_heads * head:
-            by_head = value.view(-1, head, value.shape[1])
-            return torch.cat([by_head[:, :-rope], by_head[:, -rope:][:, order]], dim=1).reshape(value.shape)
-        if name.endswith("self_attn.kv_a_proj_with_mqa.weight") and value.shape[0] == config.kv_lora_rank + rope:
-            return torch.cat([value[:-rope], value[-rope:][order]])
-        return value
 
-    return {name: turned(name, value) for name, value in state.items()}
+def reordered(name: str, value: Tensor, config: PLMConfig, split: bool) -> Tensor:
+    """A weight with its rotary rows in the other order; those of other weights as they are.
+
+    Args:
+        name: of the state dict. split: from interleaved, as released, to half-split; else back.
+    """
+    rope, heads = config.qk_rope_head_dim, config.num_attention_heads
+    if name.endswith("self_attn.q_proj.weight"):
+        by_head = value.view(heads, -1, value.shape[1])
+        turned = by_head[:, -rope:][:, _order(rope, split)]
+        return torch.cat([by_head[:, :-rope], turned], dim=1).reshape(value.shape)
+    if name.endswith("self_attn.kv_a_proj_with_mqa.weight"):
+        return torch.cat([value[:-rope], value[-rope:][_order(rope, split)]])
+    return value
 
 
 def half_split(state: Mapping[str, Tensor], config: PLMConfig) -> dict[str, Tensor]:
     """A released state dict as ``PLM`` wants it."""
-    return _reordered(state, config, split=True)
+    return {name: reordered(name, value, config, split=True) for name, value in state.items()}
 
 
 def interleaved(state: Mapping[str, Tensor], config: PLMConfig) -> dict[str, Tensor]:
     """The opposite: ``PLM``'s state dict as the released checkpoints and llama.cpp have it."""
-    return _reordered(state, config, split=False)
+    return {name: reordered(name, value, config, split=False) for name, value in state.items()}
 
 
 def plm(**sizes: Any) -> PLM:
@@ -251,8 +261,21 @@ def plm(**sizes: Any) -> PLM:
     unknown = [name for name in sizes if name not in {field.name for field in fields(PLMConfig)}]
     if unknown:
         raise UsageError("PLM has no such size", value=", ".join(unknown))
-    model = PLM(PLMConfig(**sizes))
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not name.endswith("norm.weight"):
-            nn.init.normal_(parameter, std=0.02)
+    with torch.device("meta"):  # else every layer would draw its weights first in its own way
+        model = PLM(PLMConfig(**sizes))
+    for name, parameter in list(model.named_parameters()):
+        value = torch.ones(parameter.shape) if name.endswith("norm.weight") else torch.empty(parameter.shape)
+        if not name.endswith("norm.weight"):
+            value.normal_(std=0.02)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value))
     return model
+
+
+def _from_config(content: Mapping[str, Any], where: str) -> PLM:
+    """PLM of the sizes of a ``config.json``, without weights (on the meta device): a checkpoint brings them."""
+    with torch.device("meta"):
+        return PLM(config_of(content, where))
+
+
+plm.from_config = _from_config  # type: ignore[attr-defined]

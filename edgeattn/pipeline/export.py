@@ -25,7 +25,7 @@ from edgeattn.pipeline.plan import bundle_key, check_choice, sources_key
 from edgeattn.pipeline.rivals import choose
 from edgeattn.pipeline.run import Finished, Progress, Silent, run_plan
 from edgeattn.quant.plan import BITS
-from edgeattn.targets.base import NCHW
+from edgeattn.targets.base import NCHW, Target
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,28 @@ def _calibration(source: str | None, samples: int | None) -> recipes.Calibration
         return None
     fields = {"source": source} | ({} if samples is None else {"samples": samples})
     return schema.validate(recipes.CalibrationSpec, fields, "the command line")
+
+
+def _check_decoder(resolved: recipes.Resolved, target: Target, precision: str) -> None:
+    """Raises UsageError where a recipe wants a cache, and the target has no form for it in this precision."""
+    if resolved.recipe.decoder is None:
+        return
+    cached = [name for name in targets.names() if targets.get(name).cache]
+    parts = [targets.get(part) for part in target.parts] or [target]
+    if any(not part.cache for part in parts):
+        raise UsageError(
+            "the target has no form for a decoder with a cache",
+            value=target.name,
+            where=f"recipe {resolved.recipe.name}, decoder",
+            fix=f"--target {', '.join(cached)}",
+        )
+    if BITS.get(precision, (32, 32))[1] < 32:
+        raise UsageError(
+            "a decoder's data are not quantized",
+            value=f"--precision {precision}",
+            why="a cache of rounded rows would need ranges of its own; weights are what decoding reads",
+            fix="--precision w8 or w4",
+        )
 
 
 def make_job(
@@ -125,6 +147,7 @@ def make_job(
             why="it keeps no operations in a wider precision than the one asked for by its own choice",
             fix="leave it away",
         )
+    _check_decoder(resolved, chosen, precision)
     availability = chosen.availability()
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeattn import device as devices
 from edgeattn import targets
+from edgeattn.core.specs import StepShape
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Resolved
 from edgeattn.targets.base import NCHW
@@ -58,6 +59,23 @@ class Job:
         """(min, opt, max), or with a step, of the recipe's dimensions that may vary, by input and axis."""
         inputs = self.resolved.recipe.inputs.items()
         return {name: {axis: tuple(ends) for axis, *ends in spec.ranges} for name, spec in inputs if spec.dynamic}
+
+    @property
+    def steps(self) -> tuple[StepShape, ...]:
+        """The entries of a decoder, as the target takes them; () for all other models."""
+        spec, form = self.resolved.recipe.decoder, targets.get(self.target).cache
+        if spec is None or not form:
+            return ()
+        sizes = [("decode", 1), *((f"prefill_{n}", n) for n in spec.prefill)]
+        if form == "dynamic":
+            return tuple(StepShape(name, n, spec.context, True) for name, n in sizes)
+        lengths = sorted({*(spec.buckets if form == "buckets" else ()), spec.context})
+        return tuple(
+            StepShape(name if len(lengths) == 1 else f"{name}_{rows}", n, rows)
+            for name, n in sizes
+            for rows in lengths
+            if n <= rows
+        )
 
     @property
     def dynamic(self) -> dict[str, dict[int, tuple[int, ...]]]:

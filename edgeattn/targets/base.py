@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -118,6 +118,8 @@ class LowerPlan:
         quant: which module is stored in how many bits.
         calibration: feeds that ranges of activations are measured on; may be gone through again and again, and is
             never held in memory as a whole. Empty where nothing is measured.
+        by_entry: samples of a decoder's entries, in place of ``samples``.
+        tokenizer: folder of a language model's tokenizer, for formats that hold it.
     """
 
     precision: str
@@ -131,6 +133,12 @@ class LowerPlan:
     strict: bool = False
     quant: QuantPlan = field(default_factory=lambda: QuantPlan("fp32"))
     calibration: Iterable[Mapping[str, Array]] = ()
+    by_entry: Mapping[str, Sequence[Mapping[str, Array]]] = field(default_factory=dict)
+    tokenizer: Path | None = None
+
+    def samples_of(self, entry: str) -> Sequence[Mapping[str, Array]]:
+        """The samples of one entry."""
+        return self.by_entry.get(entry, self.samples)
 
     def allow(self, kept: Sequence[Mapping[str, str]]) -> None:
         """Whether these operations may stay in a wider precision.
@@ -335,6 +343,9 @@ class Target(ABC):
     half_activations: ClassVar[bool] = False
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.
     dynamic: ClassVar[bool] = False
+    #: Entries of a decoder: one graph for any number of rows, an entry for each length of the cache, or for the whole
+    #: cache alone; "" for a target that takes none.
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = ""
 
     def tolerance(self, precision: str) -> float:
         """The largest relative L2 between an artifact of that precision and the float32 reference."""

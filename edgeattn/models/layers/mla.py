@@ -68,12 +68,13 @@ class LatentAttention(nn.Module):
         """q_nope (B, T, H, N), q_rope (B, T, H, R), latent (B, T, C), k_rope (B, T, R) -> (B, T, H * V), causal."""
         batch, tokens = latent.shape[:2]
         expanded = F.linear(latent, self.weight).view(batch, tokens, self.heads, self.nope + self.value)
-        k_nope, value = expanded.split([self.nope, self.value], dim=-1)
+        k_nope, value = torch.split(expanded, [self.nope, self.value], dim=-1)
         k = torch.cat([k_nope, k_rope[:, :, None, :].expand(-1, -1, self.heads, -1)], dim=-1).transpose(1, 2)
         q = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         scores = q @ k.transpose(-1, -2) * (self.nope + self.rope) ** -0.5 + causal_bias(tokens, q)
         out = torch.softmax(scores, dim=-1) @ value.transpose(1, 2)
-        return out.transpose(1, 2).reshape(batch, tokens, self.heads * self.value)
+        joined: Tensor = out.transpose(1, 2).reshape(batch, tokens, self.heads * self.value)
+        return joined
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _build_config(job: Job) -> dict[str, Any]:
 
 
 def _reference_config(job: Job) -> dict[str, Any]:
-    recipe = job.resolved.recipe.model_dump(mode="json")
+    resolved, recipe = job.resolved, job.resolved.recipe.model_dump(mode="json")
     heldout = job.resolved.heldout_sha256
     return {
         "outputs": recipe["outputs"],
@@ -61,7 +61,17 @@ def _reference_config(job: Job) -> dict[str, Any]:
         "heldout": heldout,
         "golden": recipe["heldout"]["golden"] if heldout else None,
         "dynamic": job.dynamic,
+        **(
+            {"decoder": recipe["decoder"], "text": resolved.text_sha256, "tokenizer": resolved.tokenizer_sha256}
+            if recipe.get("decoder")
+            else {}
+        ),
     }
+
+
+def _steps(job: Job) -> dict[str, Any]:
+    """A decoder's entries; nothing for other models."""
+    return {"steps": [vars(step) for step in job.steps]} if job.steps else {}
 
 
 def _lint_config(job: Job) -> dict[str, Any]:
@@ -106,6 +116,10 @@ def _target_code(job: Job) -> tuple[str, ...]:
     return ("targets/base.py", *OWN_TARGETS.get(job.target, ()))
 
 
+def _decoding_code(job: Job) -> tuple[str, ...]:
+    return ("pipeline/decoding", "bundle/runner_generate.py") if job.steps else ()
+
+
 def _quant_code(job: Job) -> tuple[str, ...]:
     return ("quant",) if job.quant.quantizes else ()
 
@@ -136,7 +150,7 @@ STAGES = (
     Stage(
         "reference",
         ("build",),
-        lambda job: ("core", "pipeline/stages/reference.py"),
+        lambda job: ("core", "pipeline/stages/reference.py", *_decoding_code(job)),
         lambda job: ("torch", "numpy"),
         _reference_config,
     ),
@@ -150,9 +164,9 @@ STAGES = (
     Stage(
         "capture",
         ("reparameterize", "reference"),
-        lambda job: ("core", "capture.py", "pipeline/stages/capture.py"),
+        lambda job: ("core", "capture", "pipeline/stages/capture.py"),
         lambda job: ("torch",),
-        lambda job: {"dynamic": job.dynamic},
+        lambda job: {"dynamic": job.dynamic, **_steps(job)},
     ),
     Stage(
         "lint",
@@ -183,6 +197,7 @@ STAGES = (
             "core",
             "pipeline/stages/verify.py",
             "pipeline/diverge.py",
+            *_decoding_code(job),
             *_quant_code(job),
             *_target_code(job),
         ),

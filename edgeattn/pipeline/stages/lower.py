@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import edgeattn
 from edgeattn import targets
 from edgeattn.core import tools
+from edgeattn.core.numerics import Array
 from edgeattn.lint import Finding, gate
 from edgeattn.pipeline.context import Context, Result
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
@@ -32,7 +34,8 @@ def run(context: Context) -> dict[str, Any]:
             f"tool.{name}": version or "" for name, version in tools.versions(target.lower_tools(job.precision)).items()
         },
     }
-    samples = [feeds for feeds, _ in context.golden()]
+    by_entry = _step_samples(context)
+    samples = [] if by_entry else [feeds for feeds, _ in context.golden()]
     recipe = job.resolved.recipe
     plan = LowerPlan(
         job.precision,
@@ -46,6 +49,8 @@ def run(context: Context) -> dict[str, Any]:
         job.strict,
         job.quant,
         samples,
+        by_entry,
+        None if job.resolved.tokenizer is None else Path(job.resolved.tokenizer),
     )
     program = context.value("capture")
     if job.quant.quantizes:
@@ -69,6 +74,17 @@ def run(context: Context) -> dict[str, Any]:
         "artifact": dict(artifact.facts),
         "findings": [finding.as_dict() for finding in artifact.findings],
     }
+
+
+def _step_samples(context: Context) -> dict[str, list[Mapping[str, Array]]]:
+    """Feeds of a decoder's entries; {} for other models."""
+    found: dict[str, list[Mapping[str, Array]]] = {}
+    if context.job.steps:
+        from edgeattn.pipeline.decoding.samples import Text, golden
+
+        for sample in golden(Text.load(context.results["reference"].folder), context.job.steps):
+            found.setdefault(sample.entry, []).append(sample.feeds)
+    return found
 
 
 def entries_of(facts: Mapping[str, Any]) -> dict[str, ArtifactEntry]:

@@ -96,6 +96,9 @@ def run(context: Context) -> dict[str, Any]:
             why=f"none of the {len(names)} modules of its deploy form fits",
             fix=f"did you mean {near!r}?" if near else "'edgeattn sensitivity' names them",
         )
+    if context.job.steps:  # weights alone, whose rounding needs no samples
+        context.values["quantize"] = Quantized(context.value("capture"), ())
+        return {"calibration": None, "words": [], "risks": [], "entries": None}
     stream, words = _stream(context)
     spec = context.job.resolved.recipe.calibration
     about = stream.describe() | ({"source": spec.source} if spec else {})  # as the recipe has it, not where it is here
@@ -144,4 +147,6 @@ def revive(context: Context) -> Quantized:
     result = context.results["quantize"]
     entries = result.facts["entries"]
     program = Program.load(result.folder, entries) if entries else context.value("capture")
+    if context.job.steps:
+        return Quantized(program, ())
     return Quantized(program, _stream(context)[0])

@@ -185,6 +185,10 @@ def _heldout_logits(built: Built, x: Array, names: tuple[str, ...]) -> Array:
 
 def run(context: Context) -> dict[str, Any]:
     """Write golden/main-NNN.npz (in.NAME, out.NAME), and heldout.npz (logits, y) where there are labelled samples."""
+    if context.job.resolved.recipe.decoder:
+        from edgeattn.pipeline.decoding import reference
+
+        return reference.run(context)
     built: Built = context.value("build")
     resolved, names = context.job.resolved, context.job.resolved.recipe.outputs
     golden = context.out / "golden"

@@ -174,6 +174,10 @@ def run(context: Context) -> dict[str, Any]:
         CheckFailed: an output is further from the reference than the tolerance or not finite (naming the module at
             which they diverge first), or the artifact gets more samples more or fewer right than it may.
     """
+    if context.job.steps:
+        from edgeattn.pipeline.decoding import verify
+
+        return verify.run(context)
     job = context.job
     target = targets.get(job.target)
     artifact = artifact_of(context.results["lower"], job.precision)

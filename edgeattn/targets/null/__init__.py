@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
@@ -33,6 +33,7 @@ class NullTarget(Target):
 
     name: ClassVar[str] = "null"
     runtime_tools: ClassVar[tuple[str, ...]] = ("torch",)
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "whole"
 
     def availability(self) -> Availability:
         """Found where torch is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
@@ -37,6 +37,7 @@ class OnnxTarget(Target):
     half_activations: ClassVar[bool] = True
     rounds_as_planned: ClassVar[bool] = True
     asymmetric: ClassVar[bool] = True
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "dynamic"
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL)}
 
     def availability(self) -> Availability:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from edgeattn.capture import Program
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
 from edgeattn.targets.onnx import FULL
-from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, tensors, tidy
+from edgeattn.targets.onnx_graph.blocks import blocks
+from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, step_entry, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
 from edgeattn.targets.onnx_graph.qdq import CPU_INT7, CPU_INT8, Calibration, in_floats, nothing_to_quantize, weighted
@@ -54,6 +55,21 @@ def _quantized(model: ir.Model, plan: LowerPlan) -> tuple[ir.Model, dict[str, An
     return model, {"numbers": words, "operations": done, **left}
 
 
+def _in_blocks(model: ir.Model, plan: LowerPlan) -> dict[str, Any]:
+    """A decoder's graph with its weights in blocks, and what was done.
+
+    Raises:
+        CheckFailed: there is nothing to quantize.
+    """
+    found = weighted(model)
+    done = blocks(model, plan.quant)
+    if not done:
+        raise nothing_to_quantize(plan.precision)
+    names = {item["node"] for item in done}
+    words = f"int{plan.quant.scheme('').weights} weights in blocks of {plan.quant.group}"
+    return {"numbers": words, "operations": done, **in_floats(model, {str(w.node.name) for w in found} - names)}
+
+
 def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write one .onnx file for each entry into ``out``: ``model.onnx`` for ``main``.
 
@@ -64,22 +80,32 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """
     entries: dict[str, ArtifactEntry] = {}
     facts: dict[str, Any] = {"opset": OPSET, "entries": {}}
+    made: dict[int, str] = {}
     for name, entry in program.entries.items():
+        if id(entry.graph) in made:  # a decoder's entries are one graph, run with other sizes
+            entries[name] = step_entry(made[id(entry.graph)], entry, program.decoder)
+            continue
         model = export(entry)
-        inputs, outputs = tensors(model.graph.inputs), tensors(model.graph.outputs)
         note: dict[str, Any] = {}
         if plan.precision == "fp16":
-            model, kept = to_fp16(model, plan.samples, refused=_without_half_kernel)
+            model, kept = to_fp16(model, plan.samples_of(name), refused=_without_half_kernel)
             note["kept_in_fp32"] = [k.as_dict() for k in kept]
             plan.allow(note["kept_in_fp32"])
         elif plan.quant.quantizes:
             name_nodes(model)
-            model, note["quantized"] = _quantized(model, plan)
+            if program.decoder:
+                note["quantized"] = _in_blocks(model, plan)
+            else:
+                model, note["quantized"] = _quantized(model, plan)
             facts["opset"] = model.opset_imports[""]
         tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
-        file = "model.onnx" if name == "main" else f"{name}.onnx"
+        file = "model.onnx" if name == "main" or entry.dynamic else f"{name}.onnx"
         save(model, out / file)
-        entries[name] = ArtifactEntry(file, inputs, outputs)
+        made[id(entry.graph)] = file
+        if program.decoder:
+            entries[name] = step_entry(file, entry, program.decoder)
+        else:
+            entries[name] = ArtifactEntry(file, tensors(model.graph.inputs), tensors(model.graph.outputs))
         note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())
         note["weight_bytes"] = weight_bytes(model)
         facts["entries"][name] = note

@@ -167,11 +167,11 @@ class OnnxRuntime:
         """
         path = self._path(entry)
         check_feeds(self._artifact.entries[entry].inputs, feeds)
-        if entry not in self._sessions:
+        if path not in self._sessions:  # entries of one file share the session, and what it has packed
             # Else weights that only are stored small would be unpacked again at every run.
             unpacked = self._artifact.precision in ("w8", "w4")
-            self._sessions[entry] = _session(path, self._optimized, unpacked)
-        session = self._sessions[entry]
+            self._sessions[path] = _session(path, self._optimized, unpacked)
+        session = self._sessions[path]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 

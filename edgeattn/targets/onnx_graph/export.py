@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import rewriter
 
-from edgeattn.capture import Dynamic, Entry
+from edgeattn.capture import Caches, Dynamic, Entry
 from edgeattn.core.errors import ConversionFailed
-from edgeattn.targets.base import Tensor
+from edgeattn.core.specs import IDS
+from edgeattn.targets.base import ArtifactEntry, Tensor
 
 #: The newest opset whose graphs all of our later consumers parse (TensorRT takes decomposed attention only).
 OPSET = 20
@@ -175,3 +176,26 @@ def tensors(
         ranges = tuple((*size, *given.get(size[0], ())[3:]) for size in sizes if size[1] != size[3])
         found.append(Tensor(name, met[0], dtype, dynamic=ranges))
     return tuple(found)
+
+
+def step_entry(file: str, entry: Entry, caches: Caches | None) -> ArtifactEntry:
+    """A decoder's entry; dimensions that vary stand at their largest."""
+    assert caches is not None
+    placeholders = {node.name: node.meta["val"] for node in entry.graph.graph.nodes if node.op == "placeholder"}
+    given = [placeholders[str(user)] for user in entry.graph.graph_signature.user_inputs]
+    inputs = []
+    for name, value in zip(entry.inputs, given, strict=True):
+        ends = entry.dynamic.get(name, {})
+        sizes = [ends[i][1] if i in ends else n if isinstance(n, int) else 1 for i, n in enumerate(value.shape)]
+        dynamic = tuple((axis, *each) for axis, each in ends.items() if each[0] != each[2])
+        inputs.append(Tensor(name, tuple(sizes), str(value.dtype).removeprefix("torch."), dynamic=dynamic))
+    (returned,) = entry.graph.graph.output_node().args
+    assert isinstance(returned, list | tuple)
+    (ids,) = [tensor for tensor in inputs if tensor.name == IDS]
+    shapes = [(1, returned[0].meta["val"].shape[-1]), *((1, ids.shape[1], width) for _, width in caches.rows)]
+    varies = tuple(ids.dynamic)
+    outputs = [
+        Tensor(name, shape, "float32", dynamic=varies if i else ())
+        for i, (name, shape) in enumerate(zip(entry.outputs, shapes, strict=True))
+    ]
+    return ArtifactEntry(file, tuple(inputs), tuple(outputs))

@@ -147,17 +147,20 @@ def share_weights(model: Any) -> int:
         Bytes saved.
     """
     kept: dict[bytes, int] = {}
-    saved = 0
+    moved: dict[int, int] = {}  # several tensors may have one buffer already
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             data = model.buffers[tensor.buffer].data
             if data is None or not len(data) or tensor.isVariable:
                 continue
-            first = kept.setdefault(hashlib.sha256(bytes(data)).digest(), tensor.buffer)
-            if first != tensor.buffer:
-                saved += len(data)
-                model.buffers[tensor.buffer].data = None
-                tensor.buffer = first
+            if tensor.buffer not in moved:
+                moved[tensor.buffer] = kept.setdefault(hashlib.sha256(bytes(data)).digest(), tensor.buffer)
+            tensor.buffer = moved[tensor.buffer]
+    saved = 0
+    for number, first in moved.items():
+        if first != number:
+            saved += len(model.buffers[number].data)
+            model.buffers[number].data = None
     return saved
 
 

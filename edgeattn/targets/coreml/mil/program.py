@@ -67,6 +67,7 @@ class _Step:
     Attributes:
         fixed: arguments that are known already. moving: parameter, its kind, references and known values among them.
         drop: names of values that nothing after this step reads.
+        plain: parameter and name of what is taken as it is carried. rest: of ``moving`` what is not.
     """
 
     op: Op
@@ -75,11 +76,20 @@ class _Step:
     moving: list[tuple[str, str, list[Any]]]
     blocks: list[_Block]
     drop: list[str] = field(default_factory=list)
+    plain: list[tuple[str, str]] = field(init=False)
+    rest: list[tuple[str, str, list[Any]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        plain = ("Tensor", "Any")
+        self.plain = [(parameter, items[0].name) for parameter, kind, items in self.moving if kind in plain]
+        self.rest = [item for item in self.moving if item[1] not in plain]
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments, with the references looked up."""
         given = dict(self.fixed)
-        for parameter, kind, items in self.moving:
+        for parameter, name in self.plain:
+            given[parameter] = values[name]
+        for parameter, kind, items in self.rest:
             found = [values[item.name] if type(item) is _Ref else item for item in items]
             given[parameter] = found if kind == "Tensors" else convert(found[0], kind)
         return given
@@ -240,6 +250,8 @@ class Function:
                 why=(str(error).splitlines() or [type(error).__name__])[0],
             ) from error
         results = list(made) if isinstance(made, tuple) else [made]
+        if step.op.moves:
+            return results
         return [
             conform(value, declared.dtype, self.mode) if isinstance(value, Tensor) else value
             for value, declared in zip(results, call.outputs, strict=True)

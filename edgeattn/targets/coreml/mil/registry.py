@@ -77,7 +77,9 @@ def _read_only(value: Array) -> Tensor:
 
 def conform(value: Tensor, dtype: str, mode: str) -> Tensor:
     """A result in its declared dtype, as it is carried; rounded to float16 in mode ``fp32acc``."""
-    value = value.to(carrier(dtype, mode))
+    kind = carrier(dtype, mode)
+    if value.dtype is not kind:
+        value = value.to(kind)
     return value.half().float() if dtype == "fp16" and mode == "fp32acc" else value
 
 
@@ -109,11 +111,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Op:
-    """An implementation: its function, and what each of its parameters takes."""
+    """An implementation: its function, and what each of its parameters takes.
+
+    Attributes:
+        moves: every element of its results is one of its arguments', so that there is nothing to round.
+    """
 
     function: Callable[..., Any]
     kinds: dict[str, str]
     required: frozenset[str]
+    moves: bool = False
 
 
 #: Implementations by MIL's name of the operation.
@@ -123,15 +130,15 @@ OPS: dict[str, Op] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def op(*names: str) -> Callable[[_Function], _Function]:
-    """Register an implementation under MIL's names; see the head of this file for its parameters."""
+def op(*names: str, moves: bool = False) -> Callable[[_Function], _Function]:
+    """Register an implementation under MIL's names; see the head of this file for its parameters, ``Op`` for moves."""
 
     def register(function: _Function) -> _Function:
         parameters = inspect.signature(function).parameters.values()
         kinds = {p.name: str(p.annotation).removesuffix(" | None") for p in parameters}
         required = frozenset(p.name for p in parameters if p.default is p.empty and kinds[p.name] != "Call")
         for name in names:
-            OPS[name] = Op(function, kinds, required)
+            OPS[name] = Op(function, kinds, required, moves)
         return function
 
     return register

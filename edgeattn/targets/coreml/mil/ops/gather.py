@@ -31,7 +31,7 @@ def _batches(shape: Sequence[int], rank: int) -> tuple[Tensor, ...]:
     return tuple(torch.arange(size).reshape((-1,) + (1,) * (rank - axis - 1)) for axis, size in enumerate(shape))
 
 
-@op("gather")
+@op("gather", moves=True)
 def gather(x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
     """``x`` at ``indices`` along ``axis``: x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis + 1:].
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from edgeattn.targets.coreml.mil.registry import op
 
 
-@op("read_state")
+@op("read_state", moves=True)
 def read_state(input: Any) -> Tensor:
     """What the state holds."""
     held: Tensor = input[0]

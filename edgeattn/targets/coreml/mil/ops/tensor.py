@@ -132,7 +132,7 @@ def non_zero(x: Tensor) -> Tensor:
     return x.nonzero()
 
 
-@op("concat")
+@op("concat", moves=True)
 def concat(values: Tensors, axis: int, interleave: bool = False) -> Tensor:
     """Joined along ``axis``, one after the other or (interleave) in turns, element by element; scalars to a vector."""
     if values[0].dim() == 0:
@@ -143,13 +143,13 @@ def concat(values: Tensors, axis: int, interleave: bool = False) -> Tensor:
     return torch.cat(values, axis)
 
 
-@op("stack")
+@op("stack", moves=True)
 def stack(values: Tensors, axis: int) -> Tensor:
     """Joined along a new dimension."""
     return torch.stack(values, axis)
 
 
-@op("split")
+@op("split", moves=True)
 def split(x: Tensor, axis: int, num_splits: int | None = None, split_sizes: Ints | None = None) -> tuple[Tensor, ...]:
     """Taken apart along ``axis``: into parts of ``split_sizes``, or else into ``num_splits`` equal ones."""
     if split_sizes is not None:

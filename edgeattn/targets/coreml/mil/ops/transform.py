@@ -11,7 +11,7 @@ from torch import Tensor
 from edgeattn.targets.coreml.mil.registry import Bools, Call, Ints, Tensors, op
 
 
-@op("expand_dims")
+@op("expand_dims", moves=True)
 def expand_dims(x: Tensor, axes: Ints) -> Tensor:
     """Dimensions of one element at ``axes`` of the result."""
     if len(axes) == 1:
@@ -22,13 +22,13 @@ def expand_dims(x: Tensor, axes: Ints) -> Tensor:
     return x
 
 
-@op("squeeze")
+@op("squeeze", moves=True)
 def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
     """Without dimensions of one element: all, or those of ``axes`` that have one."""
     return x.squeeze() if axes is None else x.squeeze(axes)
 
 
-@op("reshape")
+@op("reshape", moves=True)
 def reshape(call: Call, x: Tensor, shape: Ints) -> Tensor:
     """The same elements in another shape.
 
@@ -52,7 +52,7 @@ def reshape_like(x: Tensor, ref_tensors: Tensors, begins: Tensors, ends: Tensors
     return x.reshape(shape)
 
 
-@op("transpose")
+@op("transpose", moves=True)
 def transpose(x: Tensor, perm: Ints) -> Tensor:
     """Dimensions in the order of ``perm``."""
     return x.permute(perm)
@@ -106,7 +106,7 @@ def _slices(
     return tuple(slices), tuple(turned)
 
 
-@op("slice_by_index")
+@op("slice_by_index", moves=True)
 def slice_by_index(
     x: Tensor,
     begin: Ints,
@@ -122,7 +122,7 @@ def slice_by_index(
     return part.flip(turned) if turned else part
 
 
-@op("slice_update")
+@op("slice_update", moves=True)
 def slice_update(
     x: Tensor,
     update: Tensor,
@@ -133,14 +133,21 @@ def slice_update(
     end_mask: Bools | None = None,
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
-    """A copy of x whose slice, as ``slice_by_index`` takes it, is ``update``."""
+    """A copy of x whose slice, as ``slice_by_index`` takes it, is ``update``.
+
+    Raises:
+        ValueError: the slice is of another shape, as one is that begins in x and does not end there.
+    """
     slices, turned = _slices(tuple(x.shape), begin, end, stride, begin_mask, end_mask, squeeze_mask)
     changed = x.clone()
-    changed[slices] = update.flip(turned) if turned else update
+    place = changed[slices]
+    if place.shape != update.shape:
+        raise ValueError(f"an update of {tuple(update.shape)} for a slice of {tuple(place.shape)}")
+    place.copy_(update.flip(turned) if turned else update)
     return changed
 
 
-@op("slice_by_size")
+@op("slice_by_size", moves=True)
 def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
     """``size`` elements from ``begin`` on in every dimension; all that are left where it is -1."""
     for axis, (first, count) in enumerate(zip(begin, size, strict=True)):

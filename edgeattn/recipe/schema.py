@@ -1,12 +1,9 @@
-"""Recipes: what to build. A TOML file, or one made up on the spot for a model from outside."""
+"""What a recipe may say, and a recipe with its files found."""
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +17,11 @@ from pydantic import (
 )
 
 from edgeattn.core import schema
-from edgeattn.core.errors import UsageError, unknown
-from edgeattn.core.hashing import sha256_data, sha256_file
+from edgeattn.core.hashing import sha256_data
 from edgeattn.core.numerics import Array
-from edgeattn.core.specs import DTYPES, LARGEST, Ranges, TensorSpec, dynamic_fault, parse_spec, range_fault
+from edgeattn.core.specs import DTYPES, LARGEST, Ranges, TensorSpec, dynamic_fault, range_fault
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-#: Names under which a .py file's factory is looked for when none is given.
-FACTORY_NAMES = ("factory", "build", "build_model", "create_model", "get_model", "make_model", "model", "Model")
 
 
 class ModelSpec(schema.Strict):
@@ -37,7 +30,8 @@ class ModelSpec(schema.Strict):
     Attributes:
         factory: ``package.module:callable``, ``path/to/file.py:callable`` or ``timm:NAME``.
         args: keyword arguments of the callable.
-        checkpoint: .safetensors (or .pth, read without executing it), relative to the recipe file.
+        checkpoint: .safetensors (or .pth, read without executing it), or a folder in Hugging Face's layout; relative
+            to the recipe file.
     """
 
     factory: str
@@ -208,10 +202,53 @@ class CalibrationSpec(schema.Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
+class DecoderSpec(schema.Strict):
+    """How a language model is exported: entries ``decode`` and ``prefill_N`` behind a cache that the runtime keeps.
+
+    Attributes:
+        context: tokens that the cache holds. prefill: how many tokens a ``prefill_N`` takes at once.
+        buckets: lengths of the cache, below ``context``, that targets with fixed shapes get entries for as well.
+        text: held-out text (UTF-8, relative) that logits and perplexity are compared on; random tokens without one.
+        tokenizer: folder with a ``tokenizer.json``, relative, for checkpoints that have none of their own.
+        steps: tokens that are decoded one by one in the comparison. greedy: length of the continuation that must be
+            the same in float32.
+    """
+
+    context: int = Field(ge=2, le=1 << 20)
+    prefill: tuple[int, ...] = (128,)
+    buckets: tuple[int, ...] = ()
+    text: str | None = Field(default=None, min_length=1)
+    tokenizer: str | None = Field(default=None, min_length=1)
+    steps: int = Field(default=2000, ge=16, le=100_000)
+    greedy: int = Field(default=64, ge=1, le=1024)
+
+    @field_validator("prefill", "buckets", mode="before")
+    @classmethod
+    def _tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("prefill", "buckets")
+    @classmethod
+    def _sizes(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)) or any(n < 2 for n in value):
+            raise ValueError("must be numbers from 2, each larger than the one before")
+        if value and value[-1] > info.data.get("context", value[-1]):
+            raise ValueError(f"{value[-1]} is more than the context")
+        return value
+
+    @field_validator("prefill")
+    @classmethod
+    def _some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("needs at least one size, as [128]")
+        return value
+
+
 class Recipe(schema.Strict):
     """A model, its inputs and outputs, and what its exports are scored on.
 
     Attributes:
+        decoder: of a language model that is exported with a cache; its one input has the token numbers.
         labels: names of the classes, in the order of the first output's columns. author: for the artifact's metadata.
     """
 
@@ -227,6 +264,7 @@ class Recipe(schema.Strict):
     heldout: Heldout | None = None
     calibration: CalibrationSpec | None = None
     quant: Quantization = Field(default_factory=Quantization)
+    decoder: DecoderSpec | None = None
 
     @field_validator("name")
     @classmethod
@@ -257,6 +295,14 @@ class Recipe(schema.Strict):
             raise ValueError(f"{', '.join(sorted(taken))} is the name of an input already")
         return value
 
+    @model_serializer(mode="wrap")
+    def _terse(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests of recipes without a decoder stay what they were."""
+        data: dict[str, Any] = plain(self)
+        if self.decoder is None:
+            del data["decoder"]
+        return data
+
     def specs(self) -> list[TensorSpec]:
         """The inputs in order."""
         return [TensorSpec(name, s.shape, s.dtype, s.low, s.high, s.ranges) for name, s in self.inputs.items()]
@@ -267,7 +313,8 @@ class Resolved(schema.Strict):
 
     Attributes:
         folder: where relative factory paths are looked up.
-        checkpoint, heldout: the files and the SHA-256 of their bytes.
+        checkpoint, heldout, text: the files (a folder may be a checkpoint) and the SHA-256 of their bytes.
+        tokenizer: the folder with a language model's ``tokenizer.json``. tokenizer_sha256: of its files.
         unscored: why the recipe's held-out samples are not used, if they are not.
         calibration: where the calibration samples come from, a path made absolute. calibration_sha256: of a file's
             bytes, or of the names, sizes and times of a folder's files; None where a function of a module yields them.
@@ -282,6 +329,10 @@ class Resolved(schema.Strict):
     unscored: str | None = None
     calibration: str | None = None
     calibration_sha256: str | None = None
+    text: str | None = None
+    text_sha256: str | None = None
+    tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
 
     @property
     def random_weights(self) -> bool:
@@ -297,198 +348,11 @@ class Resolved(schema.Strict):
             content["heldout"]["file"] = self.heldout_sha256
         if content["calibration"] and self.calibration_sha256:
             content["calibration"]["source"] = self.calibration_sha256
+        if content.get("decoder"):
+            content["decoder"] |= {"text": self.text_sha256, "tokenizer": self.tokenizer_sha256}
         return sha256_data(content)
 
     @property
     def title(self) -> str:
         """The recipe's name; says ``-random`` where the weights are."""
         return self.recipe.name + ("-random" if self.random_weights else "")
-
-
-def load(path: Path) -> Recipe:
-    """Read a recipe file.
-
-    Raises:
-        UsageError: not readable, not TOML, or not a valid recipe; names file, key, value and the nearest spelling.
-    """
-    return schema.validate(Recipe, schema.read_toml(path), str(path))
-
-
-def _file_of(folder: Path, name: str, key: str, where: str) -> tuple[str, str]:
-    path = (folder / name).resolve()
-    if not path.is_file():
-        raise UsageError("a file is missing", value=str(path), where=f"{where}, {key}", fix="correct the path")
-    return str(path), sha256_file(path)
-
-
-def _calibration_of(folder: Path, source: str, where: str) -> tuple[str, str | None]:
-    """Where calibration samples are, absolute, and a digest that changes with them."""
-    file, colon, function = source.rpartition(":")
-    if colon and file.endswith(".py"):
-        found, digest = _file_of(folder, file, "calibration.source", where)
-        return f"{found}:{function}", digest
-    path = (folder / source).resolve()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return str(path), sha256_data(stats)
-    if colon and not path.exists():
-        return source, None
-    return _file_of(folder, source, "calibration.source", where)
-
-
-def _factories(file: Path) -> list[str]:
-    """Top-level functions and classes of a Python file, without running it.
-
-    Raises:
-        UsageError: the file cannot be parsed.
-    """
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        raise UsageError("a model file cannot be read", value=file, why=str(error)) from error
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
-
-
-def _guest(text: str, inputs: Mapping[str, InputSpec], args: Mapping[str, Any]) -> Recipe:
-    """A recipe for ``timm:NAME``, ``file.py[:callable]`` or ``package.module:callable``."""
-    source, _, attribute = text.partition(":")
-    if source.endswith(".py"):
-        file = Path(source)
-        if not file.is_file():
-            raise UsageError("the model's file does not exist", value=source, fix="correct the path")
-        names = _factories(file)
-        if not attribute:
-            attribute = next((name for name in FACTORY_NAMES if name in names), names[0] if len(names) == 1 else "")
-        if not attribute:
-            raise UsageError(
-                "the model's factory is not clear",
-                value=source,
-                why=f"the file holds {', '.join(names) or 'no function or class'}",
-                fix=f"name one: {source}:{names[0] if names else 'factory'}",
-            )
-        source = str(file.resolve())
-    if not inputs and source != "timm":
-        raise UsageError(
-            "a model from outside needs its inputs",
-            value=text,
-            why="only recipes and timm models know their own shapes",
-            fix=f"edgeattn export {text} --target onnx --input x=1x3x224x224",
-        )
-    stem = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
-    name = attribute if source == "timm" else f"{stem}-{attribute}"
-    content = {
-        "name": re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("_.-") or "guest",
-        "description": f"{text} (a model from outside)",
-        "model": {"factory": f"{source}:{attribute}", "args": dict(args)},
-        "inputs": {name: spec.model_dump() for name, spec in inputs.items()},
-    }
-    return schema.validate(Recipe, content, "the command line")
-
-
-def resolve(
-    text: str,
-    *,
-    inputs: Sequence[str | TensorSpec] = (),
-    checkpoint: Path | None = None,
-    args: Mapping[str, Any] | None = None,
-    calibration: CalibrationSpec | None = None,
-    keep: Sequence[str] = (),
-) -> Resolved:
-    """Find the recipe that ``text`` names and the files that it needs.
-
-    Args:
-        text: a recipe's name, a path to a recipe (.toml), ``package.module:factory``, a path to a .py file (with
-            ``:factory`` where it holds several), or ``timm:NAME``.
-        inputs: replace the recipe's inputs of the same names; needed for models from outside.
-        checkpoint: takes the place of the recipe's checkpoint.
-        args: added to the factory's arguments.
-        calibration: takes the place of the recipe's; its source is relative to the current folder.
-        keep: modules that stay in floats, beside those of the recipe.
-
-    Raises:
-        UsageError: nothing of that name (with the closest), an invalid recipe, or a file that is missing.
-    """
-    specs = [parse_spec(item) if isinstance(item, str) else item for item in inputs]
-    twice = sorted({s.name for s in specs if [other.name for other in specs].count(s.name) > 1})
-    if twice:
-        raise UsageError("an input is given twice", value=", ".join(twice), where="--input", fix="give each once")
-    given = {
-        s.name: InputSpec(
-            shape=s.shape,
-            dtype=s.dtype,
-            low=s.low,
-            high=s.high,
-            dynamic={str(axis): tuple(ends) for axis, *ends in s.dynamic},
-        )
-        for s in specs
-    }
-    folder, where = Path.cwd(), "the command line"
-    if text.endswith(".toml"):
-        recipe, folder, where = load(Path(text)), Path(text).resolve().parent, text
-    elif ":" in text or text.endswith(".py"):
-        recipe = _guest(text, given, args or {})
-    else:
-        known = schema.find("recipes")
-        if text not in known:
-            guests = (
-                "A model of your own: package.module:factory, file.py:factory, timm:NAME or a recipe's path (.toml)"
-            )
-            raise unknown("recipe", text, known, fix=guests)
-        recipe, folder, where = load(known[text]), known[text].parent, str(known[text])
-    strangers = [name for name in given if recipe.inputs and name not in recipe.inputs]
-    if strangers:
-        raise UsageError(
-            "the recipe has no such input",
-            value=", ".join(strangers),
-            where="--input",
-            why=f"{recipe.name} has {', '.join(recipe.inputs)}",
-        )
-    model = recipe.model.model_copy(update={"args": {**recipe.model.args, **(args or {})}})
-    own = recipe.inputs
-    recipe = recipe.model_copy(update={"inputs": {**own, **given}, "model": model})
-    if keep:
-        asked = Keep(modules=tuple(keep), why="asked for on the command line")
-        recipe = recipe.model_copy(
-            update={"quant": recipe.quant.model_copy(update={"keep": (*recipe.quant.keep, asked)})}
-        )
-    found: dict[str, str] = {}
-    if checkpoint is not None:
-        found["checkpoint"], found["checkpoint_sha256"] = _file_of(Path.cwd(), str(checkpoint), "--checkpoint", "here")
-    elif recipe.model.checkpoint:
-        pair = _file_of(folder, recipe.model.checkpoint, "model.checkpoint", where)
-        found["checkpoint"], found["checkpoint_sha256"] = pair
-    first = next(iter(given), None)
-    if recipe.heldout and first and given[first].shape[1:] != own[first].shape[1:]:
-        recipe = recipe.model_copy(update={"heldout": None})
-        found["unscored"] = f"the recipe's held-out samples are not of shape {given[first].shape[1:]}"
-    if recipe.heldout:
-        found["heldout"], found["heldout_sha256"] = _file_of(folder, recipe.heldout.file, "heldout.file", where)
-    base, key = folder, where
-    if calibration is not None:
-        recipe, base, key = recipe.model_copy(update={"calibration": calibration}), Path.cwd(), "--calibration"
-    if recipe.calibration:
-        source, digest = _calibration_of(base, recipe.calibration.source, key)
-        found["calibration"] = source
-        if digest:
-            found["calibration_sha256"] = digest
-    return Resolved(recipe=recipe, folder=str(folder), **found)
-
-
-def with_samples(resolved: Resolved, samples: int) -> Resolved:
-    """The recipe with another number of calibration samples.
-
-    Raises:
-        UsageError: it has none, or the number is none.
-    """
-    if resolved.recipe.calibration is None:
-        raise UsageError(
-            "the recipe has no calibration samples",
-            value=f"--samples {samples}",
-            where=resolved.recipe.name,
-            fix="--calibration FOLDER, FILE.npz or package.module:function",
-        )
-    fields = {**resolved.recipe.calibration.model_dump(), "samples": samples}
-    spec = schema.validate(CalibrationSpec, fields, "the command line")
-    return resolved.model_copy(update={"recipe": resolved.recipe.model_copy(update={"calibration": spec})})

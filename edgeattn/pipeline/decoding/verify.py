@@ -1,0 +1,238 @@
+"""Verify a decoder's artifact: its entries one by one, then a text through the cache, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeattn import targets
+from edgeattn.bundle.runner_generate import Session
+from edgeattn.core.errors import CheckFailed
+from edgeattn.core.numerics import Array, Numerics, compare
+from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.decoding.samples import Text, golden
+from edgeattn.pipeline.stages.lower import artifact_of
+from edgeattn.targets.base import Artifact, Runtime, own_feeds
+
+#: Largest ratio of the artifact's perplexity on the held-out text to the reference's.
+PERPLEXITY = {"fp32": 1.0005, "fp16": 1.005, "w8": 1.02, "w4": 1.10}
+#: How much further off the last quarter of a long decode may be than the first.
+DRIFT = 3.0
+#: Every so many decoded tokens progress is shown.
+SHOWN = 100
+AS_RUN = "as run"
+
+
+def entry_info(artifact: Artifact) -> dict[str, Any]:
+    """Entries as a manifest has them."""
+    tensors = lambda specs: [{"name": s.name, "shape": s.shape, "dtype": s.dtype, "dynamic": s.dynamic} for s in specs]  # noqa: E731
+    return {name: {"inputs": tensors(e.inputs), "outputs": tensors(e.outputs)} for name, e in artifact.entries.items()}
+
+
+def session(runtime: Runtime, artifact: Artifact, decoder: Mapping[str, Any]) -> Session:
+    """A sequence of tokens that the artifact computes."""
+
+    def opener(entry: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda feeds: runtime.run(entry, feeds)
+
+    return Session(dict(decoder), entry_info(artifact), getattr(runtime, "opened", opener))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Largest relative L2, and largest ratio of perplexities."""
+
+    precision: str
+    l2: float
+    perplexity: float
+
+
+def _fail(bounds: _Bounds, value: str, where: str, why: str, fix: str = "") -> CheckFailed:
+    fix = fix or ("compare with --precision fp32" if bounds.precision != "fp32" else "'edgeattn export --target null'")
+    return CheckFailed("the artifact's numbers do not hold", value=value, where=where, why=why, fix=fix)
+
+
+def _entries(context: Context, runtime: Runtime, artifact: Artifact, text: Text, bounds: _Bounds) -> dict[str, Any]:
+    """Numerics by golden sample and output.
+
+    Raises:
+        CheckFailed: an output is further from the reference than the tolerance.
+    """
+    numerics: dict[str, Any] = {}
+    failed: list[tuple[str, str, Numerics]] = []
+    for sample in golden(text, context.job.steps):
+        entry = artifact.entries[sample.entry]
+        outputs = runtime.run(sample.entry, own_feeds(entry.inputs, sample.feeds))
+        found = {t.name: compare(sample.reference[t.name], outputs[t.name]) for t in entry.outputs}
+        failed += [(sample.name, name, n) for name, n in found.items() if not n.holds(bounds.l2)]
+        numerics[f"{sample.name} {AS_RUN}"] = {name: n.as_dict() for name, n in found.items()}
+    if failed:
+        # Rows of layer i come before everything of layer i + 1, and logits last: the first that is off is the first.
+        order = {t.name: i for e in artifact.entries.values() for i, t in enumerate((*e.outputs[1:], e.outputs[0]))}
+        name, output, worst = min(failed, key=lambda f: order[f[1]])
+        why = f"tolerance is a relative L2 of {bounds.l2:g} for {bounds.precision}"
+        raise _fail(
+            bounds,
+            f"{output} of {name}: relative L2 {worst.relative_l2:.3g}, {worst.nonfinite} values not finite",
+            f"entry {name.rpartition('-')[0]}",
+            why,
+        )
+    return numerics
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _over_text(context: Context, text: Text, one: Session, prefilled: int) -> tuple[Array, Array]:
+    """Teacher-forced: positions (M,) after the prefill, and the artifact's logits (M, V) there."""
+    wanted, found = {int(i) for i in text.at if i >= prefilled - 1}, {}
+    logits = one.feed(text.ids[:prefilled])
+    for position in range(prefilled - 1, len(text.ids)):
+        if position >= prefilled:
+            logits = one.feed(text.ids[position : position + 1])
+        if position in wanted:
+            found[position] = logits
+        if position % SHOWN == 0:
+            context.say(f"decoding the text, token {position} of {len(text.ids)}")
+    return np.array(sorted(found)), np.stack([found[i] for i in sorted(found)])
+
+
+def text_measures(text: Text, at: Array, logits: Array) -> dict[str, Any]:
+    """KL, top-1 agreement and perplexities of logits (M, V) at positions (M,), as a whole and by eighths of the text.
+
+    KL is KL(reference || artifact) in nats. Perplexities are over the positions whose next token the text has.
+    """
+    rows = np.searchsorted(text.at, at)
+    reference = text.logits[rows]
+    ours, theirs = _log_softmax(logits), _log_softmax(reference)
+    kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
+    same = reference.argmax(-1) == logits.argmax(-1)
+    off = np.linalg.norm((logits - reference).astype(np.float64), axis=-1) / np.linalg.norm(reference, axis=-1)
+    has_next = at + 1 < len(text.ids)
+    nexts = text.ids[at[has_next] + 1]
+    each = [-lp[has_next][np.arange(len(nexts)), nexts].mean() for lp in (theirs, ours)]
+    parts = [
+        {
+            "from": int(at[part[0]]),
+            "to": int(at[part[-1]]),
+            "kl": float(kl[part].mean()),
+            "top1_agreement": float(same[part].mean()),
+            "relative_l2": float(np.sqrt(np.square(off[part]).mean())),
+        }
+        for part in np.array_split(np.arange(len(at)), min(8, len(at)))
+    ]
+    return {
+        "positions": len(at),
+        "kl": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float(same.mean()),
+        "relative_l2": float(np.sqrt(np.square(off).mean())),
+        "perplexity_reference": float(np.exp(each[0])),
+        "perplexity": float(np.exp(each[1])),
+        "perplexity_ratio": float(np.exp(each[1] - each[0])),
+        "by_position": parts,
+    }
+
+
+def _check_text(measured: Mapping[str, Any], bounds: _Bounds) -> None:
+    if measured["perplexity_ratio"] > bounds.perplexity:
+        raise _fail(
+            bounds,
+            f"perplexity {measured['perplexity']:.4g}, the reference's is {measured['perplexity_reference']:.4g}",
+            "held-out text, decoded with the cache",
+            f"the ratio {measured['perplexity_ratio']:.4f} is more than {bounds.perplexity:g} for {bounds.precision}",
+        )
+    if measured["relative_l2"] > bounds.l2:
+        raise _fail(
+            bounds,
+            f"logits over the text: relative L2 {measured['relative_l2']:.3g}",
+            "held-out text, decoded with the cache",
+            f"tolerance is {bounds.l2:g} for {bounds.precision}",
+        )
+    quarters = [part["relative_l2"] for part in measured["by_position"]]
+    first, last = np.mean(quarters[: max(1, len(quarters) // 4)]), np.mean(quarters[-max(1, len(quarters) // 4) :])
+    if last > max(DRIFT * first, bounds.l2 / 10):
+        raise _fail(
+            bounds,
+            f"relative L2 {last:.3g} in the last quarter, {first:.3g} in the first",
+            "held-out text, decoded with the cache",
+            "errors grow from step to step: what is written to the cache is not what is read from it",
+        )
+
+
+def _check_prefill(text: Text, one: Session, prefilled: int, at: Array, logits: Array, bounds: _Bounds) -> float:
+    """Relative L2 between a prefill with tokens decoded after it, and all of them prefilled."""
+    (after,) = np.flatnonzero((at >= prefilled) & (at < 2 * prefilled))[-1:]
+    one.reset()
+    whole = one.feed(text.ids[: at[after] + 1])
+    distance = compare(logits[after], whole).relative_l2
+    if distance > bounds.l2:
+        raise _fail(
+            bounds,
+            f"relative L2 {distance:.3g} at position {at[after]}",
+            "prefill and decode",
+            f"{prefilled} tokens prefilled and the others decoded must give what a longer prefill gives, within "
+            f"{bounds.l2:g}",
+        )
+    return distance
+
+
+def _check_greedy(text: Text, one: Session, bounds: _Bounds) -> int:
+    """How many tokens of the reference's greedy continuation the artifact gives before another one."""
+    one.reset()
+    logits, same = one.feed(text.prompt), 0
+    for wanted in text.greedy:
+        if int(logits.argmax()) != int(wanted):
+            break
+        same += 1
+        if same < len(text.greedy):
+            logits = one.feed(np.array([wanted]))
+    if bounds.precision == "fp32" and same < len(text.greedy):
+        raise _fail(
+            bounds,
+            f"{same} of {len(text.greedy)} tokens",
+            "greedy continuation",
+            "in float32 all of them must be the reference's",
+        )
+    return same
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Facts: tolerance, numerics by sample, and what the text showed.
+
+    Raises:
+        CheckFailed: an entry, the perplexity, the drift over the steps, prefill against decode, or the greedy
+            continuation does not hold.
+    """
+    job = context.job
+    target = targets.get(job.target)
+    artifact = artifact_of(context.results["lower"], job.precision)
+    runtime, facts = target.open(artifact), context.results["reference"].facts
+    text = Text.load(context.results["reference"].folder)
+    bounds = _Bounds(job.precision, target.tolerance(job.precision), PERPLEXITY[job.precision])
+    numerics = _entries(context, runtime, artifact, text, bounds)
+    spec = job.resolved.recipe.decoder
+    assert spec is not None
+    one = session(runtime, artifact, facts["decoder"])
+    prefilled = min(spec.prefill[-1], spec.context // 2)
+    at, logits = _over_text(context, text, one, prefilled)
+    measured = text_measures(text, at, logits)
+    _check_text(measured, bounds)
+    measured["data"], measured["steps"] = facts["data"], len(text.ids) - prefilled
+    measured["prefill_against_decode"] = _check_prefill(text, one, prefilled, at, logits, bounds)
+    measured["greedy"] = {"same": _check_greedy(text, one, bounds), "of": len(text.greedy)}
+    measured["cache_bytes"] = one.cache_bytes
+    measured["bound"] = bounds.perplexity
+    return {
+        "tolerance": bounds.l2,
+        "numerics": numerics,
+        "task": None,
+        "warnings": [],
+        "decoder": measured,
+    }
