@@ -30,6 +30,8 @@ RUNNER_PARTS = {
 #: Held-out samples that travel with a bundle, and what scores them there.
 SCORED = "heldout.npz"
 _SCORE = {"run_score.py": RUNNER.with_name("runner_score.py")}
+#: What makes tokens with a decoder.
+_GENERATE = {"run_generate.py": RUNNER.with_name("runner_generate.py")}
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ class Bundle:
             others = targets.get(info.backend).others(artifact)
             unproven += [info.unproven] if info.unproven and not others else []
             for name, entry, feeds, reference in self.golden():
+                if entry not in artifact.entries:  # of another artifact of the bundle
+                    continue
                 given = own_widths(artifact.entries[entry].inputs, feeds)
                 runs = {info.backend: self.run(given, entry, info.backend)}
                 runs |= {other: runtime.run(entry, given) for other, runtime in others.items()}
@@ -224,7 +228,9 @@ def write_bundle(
         if any(info.requirement for info in manifest.artifacts):
             shutil.copyfile(RUNNER, folder / "run.py")
             parts = [RUNNER_PARTS.get(info.backend, {}) for info in manifest.artifacts]
-            for part in [*parts, *([_SCORE] if (folder / SCORED).is_file() else [])]:
+            parts += [_SCORE] if (folder / SCORED).is_file() else []
+            parts += [_GENERATE] if manifest.decoder else []
+            for part in parts:
                 for name, source in part.items():
                     shutil.copyfile(source, folder / name)
         (folder / "README.md").write_text(readme, encoding="utf-8")

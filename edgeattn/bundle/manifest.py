@@ -85,6 +85,31 @@ class RuntimeInfo(_Part):
     machine: str
 
 
+class CacheRow(_Part):
+    """One tensor of a decoder's cache: (1, context, width)."""
+
+    name: str
+    width: int
+
+
+class DecoderInfo(_Part):
+    """How tokens are made with a decoder's entries.
+
+    Attributes:
+        context: tokens that the cache holds. vocabulary: number of logits.
+        stop: tokens that end a text. tokenizer: file in the bundle, "" where there is none.
+        chat_template: Jinja, "" where there is none. borrowed: the tokenizer is not the checkpoint's own.
+    """
+
+    context: int
+    vocabulary: int
+    cache: tuple[CacheRow, ...]
+    stop: tuple[int, ...] = ()
+    tokenizer: str = ""
+    chat_template: str = ""
+    borrowed: bool = False
+
+
 class ArtifactInfo(_Part):
     """One artifact of a bundle: the program as one backend runs it, and what was proven of it.
 
@@ -95,6 +120,7 @@ class ArtifactInfo(_Part):
         unproven: what that leaves open, in a sentence; "" where the runtime is the device's own.
         numerics: what its numbers were held against, by golden sample and output.
         task: score on the held-out samples, for the reference and for the artifact.
+        decoding: of a decoder, what a text showed: KL, top-1 agreement, perplexities, drift, greedy continuation.
         facts: what the target recorded: node counts, transposes, what stayed in float32 and why.
         lint: findings; none of them is an error, for an error ends the export.
     """
@@ -107,8 +133,15 @@ class ArtifactInfo(_Part):
     tools: dict[str, str | None]
     numerics: dict[str, Any]
     task: dict[str, Any] | None = None
+    decoding: dict[str, Any] | None = None
     facts: dict[str, Any] = Field(default_factory=dict)
     lint: tuple[dict[str, Any], ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _terse(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only decoders have: manifests of other models read back unchanged."""
+        data: dict[str, Any] = plain(self)
+        return {key: value for key, value in data.items() if key not in ("decoding", "decoder") or value is not None}
 
 
 class Manifest(ArtifactInfo):
@@ -121,6 +154,7 @@ class Manifest(ArtifactInfo):
         reparam: the reparameterization proof (``edgeattn.reparam.Proof.to_dict``).
         alternatives: further artifacts of the same program, in the order of preference.
         choice: why the one in front stands there, where there are several.
+        decoder: how tokens are made, where the entries are a decoder's steps.
         digest: SHA-256 of all other fields, so that a change of the manifest itself is seen.
     """
 
@@ -141,6 +175,7 @@ class Manifest(ArtifactInfo):
     reparam: dict[str, Any]
     alternatives: tuple[ArtifactInfo, ...] = ()
     choice: dict[str, Any] | None = None
+    decoder: DecoderInfo | None = None
     digest: str = ""
 
     @property

@@ -131,7 +131,7 @@ class _Shape:
         self.with_last = "last" in inputs
         self.least, self.tokens, _ = _ends(inputs["ids"])
         caches = [spec for key, spec in inputs.items() if key not in ("ids", "position", "last")]
-        least, self.rows, self.fixed = _ends(caches[0]) if caches else (0, 1 << 30, False)
+        _, self.rows, self.fixed = _ends(caches[0]) if caches else (0, 1 << 30, False)
 
 
 def _ends(spec: Data) -> tuple[int, int, bool]:

@@ -46,7 +46,7 @@ def advise(job: Job, run: Finished, cache: Cache, progress: Progress) -> list[st
     Args:
         job: of the artifact's own target. run: of ``job``.
     """
-    if not job.quant.quantizes:
+    if not job.quant.quantizes or job.steps:
         return []
     words = []
     place = devices.resolve(job.device) if job.device else None

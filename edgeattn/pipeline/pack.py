@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import numpy as np
 from edgeattn import targets
 from edgeattn.bundle import Bundle, Manifest, write_bundle
 from edgeattn.bundle.bundle import SCORED
-from edgeattn.bundle.manifest import ArtifactInfo, EntryInfo, RuntimeInfo, StageInfo, TensorInfo, Weights
+from edgeattn.bundle.manifest import ArtifactInfo, DecoderInfo, EntryInfo, RuntimeInfo, StageInfo, TensorInfo, Weights
 from edgeattn.core import tools
 from edgeattn.core.specs import shape_words
+from edgeattn.pipeline.cache import Record
+from edgeattn.pipeline.decoding import tokenizer
+from edgeattn.pipeline.decoding.samples import Text
+from edgeattn.pipeline.decoding.samples import golden as samples_of
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished
 from edgeattn.pipeline.stages.lower import entries_of
@@ -52,6 +56,7 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
         "tools": versions,
         "numerics": {"reference": reference, **verified["numerics"]},
         "task": verified["task"],
+        "decoding": verified.get("decoder"),
         "facts": lowered["artifact"] | _quantization(job, run),
         "lint": (*run.records["lint"].facts["findings"], *lowered["findings"]),
     }
@@ -63,6 +68,24 @@ def _quantization(job: Job, run: Finished) -> dict[str, Any]:
         return {}
     warnings = run.records["verify"].facts["warnings"]
     return {"quantize": run.records["quantize"].facts, "advice": [*run.advice, *warnings]}
+
+
+def _decoder(job: Job, records: Mapping[str, Record]) -> DecoderInfo | None:
+    """How tokens are made; None for other models."""
+    facts = records["reference"].facts.get("decoder")
+    if facts is None:
+        return None
+    resolved = job.resolved
+    if resolved.tokenizer is None:
+        return DecoderInfo(**facts)
+    folder = Path(resolved.tokenizer)
+    return DecoderInfo(
+        **facts,
+        stop=tuple(tokenizer.stop_tokens(folder)),
+        tokenizer=tokenizer.FILE,
+        chat_template=tokenizer.chat_template(folder),
+        borrowed=resolved.checkpoint is None or Path(resolved.checkpoint) != folder,
+    )
 
 
 def _manifest(job: Job, runs: Mapping[str, Finished], order: Sequence[str], key: str, choice: Any) -> Manifest:
@@ -97,6 +120,7 @@ def _manifest(job: Job, runs: Mapping[str, Finished], order: Sequence[str], key:
             for (_, name), r in stages.items()
         ),
         reparam=records["reparameterize"].facts["proof"],
+        decoder=_decoder(job, records),
         alternatives=tuple(ArtifactInfo(**other) for other in others),
         choice=choice,
     )
@@ -108,19 +132,30 @@ def _shared(runs: Mapping[str, Finished]) -> set[str]:
 
 
 def _readme(manifest: Manifest) -> str:
+    entry = next(iter(manifest.entries.values()))
     inputs = [
         f"- `{t.name}` {shape_words(t.shape, t.dynamic)} {t.dtype}{', raw pixels' if t.pixels else ''}"
         f"{_LAYOUTS.get(t.layout, '')}"
-        for t in manifest.entries["main"].inputs
+        for t in entry.inputs
     ]
-    outputs = [f"- `{t.name}` {shape_words(t.shape, t.dynamic)} {t.dtype}" for t in manifest.entries["main"].outputs]
+    outputs = [f"- `{t.name}` {shape_words(t.shape, t.dynamic)} {t.dtype}" for t in entry.outputs]
     random = manifest.weights.kind == "random"
     weights = "RANDOM: nothing was trained, the outputs mean nothing" if random else "from a checkpoint"
     run = []
-    if any(info.requirement for info in manifest.artifacts):
+    if manifest.decoder:
+        names = ", ".join(f"`{name}`" for name in manifest.entries)
+        inputs = [f"Of {names}; here those of `{next(iter(manifest.entries))}`:", *inputs]
+        run = ['    edgeattn generate . --prompt "..."       # tokens, with EdgeAttn installed']
+        if any(info.requirement for info in manifest.artifacts):
+            run = [
+                "    python run.py                        # check files and golden outputs",
+                '    python run.py --prompt "..."          # tokens; needs tokenizers beside the runtime',
+                "    python run.py --profile              # latency of a step on this device",
+            ]
+    elif any(info.requirement for info in manifest.artifacts):
         run = [
             "    python run.py                        # check files and golden outputs",
-            f"    python run.py --input {manifest.entries['main'].inputs[0].name}=data.npy   # your own data",
+            f"    python run.py --input {entry.inputs[0].name}=data.npy   # your own data",
             "    python run.py --profile              # latency on this device",
         ]
     proven = [
@@ -169,6 +204,20 @@ def _golden(source: Path, inputs: Sequence[Tensor], out: Path) -> Path:
     return out
 
 
+def _steps(parts: Iterable[tuple[Job, Finished]], out: Path) -> Path:
+    """Golden samples of a decoder's entries, of every artifact that has some."""
+    out.mkdir()
+    for job, run in parts:
+        text = Text.load(run.records["reference"].folder)
+        entries = entries_of(run.records["lower"].facts)
+        for sample in samples_of(text, job.steps):
+            entry = entries[sample.entry]
+            arrays: dict[str, Any] = {f"in.{n}": v for n, v in own_feeds(entry.inputs, sample.feeds).items()}
+            arrays |= {f"out.{t.name}": sample.reference[t.name] for t in entry.outputs}
+            np.savez_compressed(out / f"{sample.name}.npz", **arrays)  # most of a cache of fixed length is zeros
+    return out
+
+
 def pack(
     job: Job,
     runs: Mapping[str, Finished],
@@ -188,11 +237,18 @@ def pack(
     """
     manifest = _manifest(job, runs, order, key, choice)
     files = {run.records["lower"].folder / name: name for run in runs.values() for name in run.records["lower"].files}
+    if manifest.decoder and job.resolved.tokenizer:
+        files[Path(job.resolved.tokenizer, tokenizer.FILE)] = tokenizer.FILE
     if job.resolved.heldout and manifest.task and not manifest.entries["main"].inputs[0].pixels:
         heldout = Path(job.resolved.heldout)
         files |= {heldout: SCORED} if heldout.stat().st_size <= LARGEST_SCORED else {}
     front = runs[order[0]].records
-    inputs = entries_of(front["lower"].facts)["main"].inputs
     with tempfile.TemporaryDirectory() as folder:
-        golden = _golden(front["reference"].folder / "golden", inputs, Path(folder) / "golden")
+        place = Path(folder) / "golden"
+        if manifest.decoder:
+            jobs = {part.target: part for part in job.parts}
+            golden = _steps(((jobs[name], runs[name]) for name in reversed(order)), place)
+        else:
+            inputs = entries_of(front["lower"].facts)["main"].inputs
+            golden = _golden(front["reference"].folder / "golden", inputs, place)
         return write_bundle(final, manifest, files, golden, _readme(manifest), replace=replace)

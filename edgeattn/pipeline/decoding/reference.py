@@ -15,14 +15,13 @@ from edgeattn.core.specs import LOGITS, new_name
 from edgeattn.models.build import Built
 from edgeattn.models.decoder import Decoder
 from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.decoding.samples import BEFORE
 from edgeattn.recipe import DecoderSpec, Resolved
 
 #: Logits are kept of so many numbers at most (float32); of a large vocabulary not at every position.
 KEPT = 32_000_000
 #: Tokens before the greedy continuation begins.
 PROMPT = 32
-#: Tokens before a golden sample that has something in its cache.
-BEFORE = 64
 
 
 def read_text(resolved: Resolved, vocabulary: int) -> tuple[Array | None, str]:
@@ -137,7 +136,7 @@ def run(context: Context) -> dict[str, Any]:
         prompt = ids[: min(PROMPT, spec.context - spec.greedy)]
         greedy = _greedy(context, model, prompt, spec.greedy)
     names = [name for name, _ in model.cache_rows()]
-    arrays = {name: row[:kept].numpy() for name, row in zip(names, rows, strict=True)}
+    arrays: dict[str, Any] = {name: row[:kept].numpy() for name, row in zip(names, rows, strict=True)}
     np.savez(context.out / "text.npz", ids=ids, at=at, logits=logits.numpy(), greedy=greedy, prompt=prompt, **arrays)
     return {
         "data": data,

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edgeattn.core.numerics import Array
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION, StepShape, new_name
-from edgeattn.pipeline.decoding.reference import BEFORE
 
-#: Tokens of a forward that only shows what reaches each module.
-EXAMPLE = 64
+#: Tokens before a golden sample that has something in its cache.
+BEFORE = 64
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,6 @@ class Text:
         with np.load(folder / "text.npz", allow_pickle=False) as data:
             own = {name: data[name] for name in ("ids", "at", "logits", "prompt", "greedy")}
             return Text(**own, rows={name: data[name] for name in data.files if name not in own})
-
-    def example(self) -> torch.Tensor:
-        """Ids (1, T) for one forward."""
-        return torch.from_numpy(self.ids[None, :EXAMPLE].copy())
 
     def logits_at(self, position: int) -> Array:
         """(1, V)."""

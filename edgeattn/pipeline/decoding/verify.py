@@ -28,8 +28,10 @@ AS_RUN = "as run"
 
 def entry_info(artifact: Artifact) -> dict[str, Any]:
     """Entries as a manifest has them."""
-    tensors = lambda specs: [{"name": s.name, "shape": s.shape, "dtype": s.dtype, "dynamic": s.dynamic} for s in specs]  # noqa: E731
-    return {name: {"inputs": tensors(e.inputs), "outputs": tensors(e.outputs)} for name, e in artifact.entries.items()}
+    return {
+        name: {"inputs": [vars(t) for t in entry.inputs], "outputs": [vars(t) for t in entry.outputs]}
+        for name, entry in artifact.entries.items()
+    }
 
 
 def session(runtime: Runtime, artifact: Artifact, decoder: Mapping[str, Any]) -> Session:

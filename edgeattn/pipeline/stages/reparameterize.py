@@ -10,6 +10,9 @@ from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
 from edgeattn.reparam import reparameterize
 
+#: Tokens of the forward that shows what reaches each module of a decoder.
+EXAMPLE = 64
+
 
 def run(context: Context) -> dict[str, Any]:
     """Leave the deploy form in memory; fact: the proof."""
@@ -17,7 +20,8 @@ def run(context: Context) -> dict[str, Any]:
     if context.job.steps:
         from edgeattn.pipeline.decoding.samples import Text
 
-        inputs: tuple[torch.Tensor, ...] = (Text.load(context.results["reference"].folder).example(),)
+        ids = Text.load(context.results["reference"].folder).ids[None, :EXAMPLE]
+        inputs: tuple[torch.Tensor, ...] = (torch.from_numpy(ids.copy()),)
     else:
         inputs = tuple(torch.from_numpy(value) for value in context.golden()[0][0].values())
 

@@ -29,7 +29,7 @@ def packed(rows: Array, bits: int, group: int) -> tuple[Array, Array]:
     count, blocks = rows.shape[0], scales.shape[1]
     padded = np.zeros((count, blocks * group), np.int16)
     padded[:, : rows.shape[1]] = integers
-    raised = (padded + (1 << (bits - 1))).astype(np.uint8)
+    raised: Array = (padded + (1 << (bits - 1))).astype(np.uint8)
     if bits == 4:
         raised = raised[:, 0::2] | (raised[:, 1::2] << 4)
     return raised.reshape(count, blocks, group * bits // 8), scales
