@@ -66,9 +66,11 @@ def _calibration(source: str | None, samples: int | None) -> recipes.Calibration
     return schema.validate(recipes.CalibrationSpec, fields, "the command line")
 
 
-def _check_decoder(resolved: recipes.Resolved, target: Target, precision: str) -> None:
-    """Raises UsageError where a recipe wants a cache, and the target has no form for it in this precision."""
+def _check_decoder(resolved: recipes.Resolved, target: Target, precision: str, options: Mapping[str, str]) -> None:
+    """Raises UsageError where a recipe wants a cache, and the target has no form for it; or an option needs one."""
     if resolved.recipe.decoder is None:
+        if "cache" in options:
+            raise UsageError("the model has no cache", value=f"--option cache={options['cache']}", fix="leave it away")
         return
     cached = [name for name in targets.names() if targets.get(name).cache]
     parts = [targets.get(part) for part in target.parts] or [target]
@@ -147,7 +149,7 @@ def make_job(
             why="it keeps no operations in a wider precision than the one asked for by its own choice",
             fix="leave it away",
         )
-    _check_decoder(resolved, chosen, precision)
+    _check_decoder(resolved, chosen, precision, options or {})
     availability = chosen.availability()
     if check_tools and not availability.found:
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from edgeattn.targets.base import LowerPlan
@@ -12,11 +13,11 @@ from edgeattn.targets.coreml.mil.package import MODULES
 PREFIX = "edgeattn."
 
 
-def describe(model: Any, plan: LowerPlan, modules: str) -> None:
+def describe(model: Any, plan: LowerPlan, modules: Mapping[str, str]) -> None:
     """Fill a converted model's metadata.
 
     Args:
-        modules: what ``note_modules`` gives.
+        modules: what ``note_modules`` gives, by function; "" for the only one.
     """
     weights = plan.metadata.get("weights", "")
     model.author = plan.metadata.get("author", "") or "unknown"
@@ -29,4 +30,5 @@ def describe(model: Any, plan: LowerPlan, modules: str) -> None:
         own["labels"] = json.dumps(list(plan.labels), ensure_ascii=False)
     for key, value in own.items():
         model.user_defined_metadata[f"{PREFIX}{key}"] = value
-    model.user_defined_metadata[MODULES] = modules
+    for function, noted in modules.items():
+        model.user_defined_metadata[f"{MODULES}.{function}" if function else MODULES] = noted

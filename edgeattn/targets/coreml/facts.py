@@ -13,8 +13,12 @@ from edgeattn.targets.coreml.mil.values import DTYPES
 _SILENT = ("const", "cast", "quantize")
 
 
-def operations(package: Package, constants: bool = False) -> Iterator[Any]:
-    """Every operation of every function and of the blocks inside; constants left out unless they are asked for."""
+def operations(package: Package, constants: bool = False, name: str = "") -> Iterator[Any]:
+    """Every operation of every function and of the blocks inside; constants left out unless they are asked for.
+
+    Args:
+        name: of the only function to look at.
+    """
 
     def inside(block: Any) -> Iterator[Any]:
         for item in block.operations:
@@ -23,19 +27,25 @@ def operations(package: Package, constants: bool = False) -> Iterator[Any]:
             for nested in item.blocks:
                 yield from inside(nested)
 
-    for function in package.spec.mlProgram.functions.values():
+    functions = package.spec.mlProgram.functions
+    for function in [functions[name]] if name else functions.values():
         yield from inside(function.block_specializations[function.opset])
 
 
-def facts_of(package: Package) -> dict[str, Any]:
-    """Counts of operations, those of rank above 4 and those on integers with their modules, and the weights' bytes."""
+def facts_of(package: Package, function: str = "") -> dict[str, Any]:
+    """Counts of operations, those of rank above 4 and those on integers with their modules, and the weights' bytes.
+
+    Args:
+        function: whose operations alone are counted; the weights are the package's.
+    """
     nodes: Counter[str] = Counter()
     high_rank, integer = [], []
-    for item in operations(package):
+    modules = package.modules_in(function)
+    for item in operations(package, name=function):
         nodes[item.type] += 1
         for output in item.outputs:
             tensor = output.type.tensorType
-            place = {"op": item.type, "value": output.name, "module": package.modules.get(output.name, "")}
+            place = {"op": item.type, "value": output.name, "module": modules.get(output.name, "")}
             if tensor.rank > 4:
                 high_rank.append(place | {"rank": tensor.rank})
             if DTYPES.get(tensor.dataType, "").startswith(("int", "uint")) and item.type not in _SILENT:

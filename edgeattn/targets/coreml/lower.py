@@ -40,6 +40,7 @@ class Prepared:
         inputs, outputs: fake tensors by the recipe's names.
         pixels: factor and offset of each channel where the first input is an image.
         mends: how many places each one changed.
+        halves: inputs and outputs in float16 whatever the plan says of the others.
     """
 
     graph: torch.export.ExportedProgram
@@ -47,13 +48,26 @@ class Prepared:
     outputs: dict[str, torch.Tensor]
     pixels: tuple[tuple[float, float], ...]
     mends: dict[str, int]
+    halves: frozenset[str] = frozenset()
+
+    def tensors(self, plan: LowerPlan) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and outputs as Core ML takes and gives them."""
+
+        def tensor(name: str, value: torch.Tensor) -> Tensor:
+            dtype = "float16" if name in self.halves else np.dtype(_dtype(value, plan)).name
+            return Tensor(name, tuple(value.shape), dtype)
+
+        inputs = [tensor(n, v if v.dim() else v.reshape(1)) for n, v in self.inputs.items()]
+        return inputs, [tensor(n, v) for n, v in self.outputs.items()]
 
 
-def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()) -> Prepared:
+def prepare(
+    entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset(), halves: frozenset[str] = frozenset()
+) -> Prepared:
     """Decompose, mend, and note the module of each node where the converter carries it on.
 
     Args:
-        without: mends to leave out.
+        without: mends to leave out. halves: see ``Prepared``.
     """
     graph = entry.graph.run_decompositions({})
     changed = Counter(mend(graph.graph_module, plan.precision, without))
@@ -76,7 +90,7 @@ def prepare(entry: Entry, plan: LowerPlan, without: frozenset[str] = frozenset()
     given = {str(name) for name in graph.graph_signature.user_inputs}
     for node in graph.graph.nodes:
         node.meta["stack_trace"] = path_of(owner_of(node, given))
-    return Prepared(graph, inputs, outputs, pixels, dict(changed))
+    return Prepared(graph, inputs, outputs, pixels, dict(changed), halves)
 
 
 def _unknown(graph: torch.export.ExportedProgram) -> list[fx.Node]:
@@ -151,12 +165,13 @@ def convert(prepared: Prepared, plan: LowerPlan) -> Any:
         import coremltools as ct
 
         _check_nodes(prepared.graph)
-        inputs = [ct.TensorType(n, tuple(v.shape) or (1,), dtype=_dtype(v, plan)) for n, v in prepared.inputs.items()]
+        taken, given = prepared.tensors(plan)
+        inputs = [ct.TensorType(t.name, t.shape, dtype=np.dtype(t.dtype).type) for t in taken]
         layouts = {"rgb": "RGB", "bgr": "BGR", "gray": "GRAYSCALE"}
         if prepared.pixels:
             layout = getattr(ct.colorlayout, layouts[plan.options["image"]])
             inputs[0] = ct.ImageType(inputs[0].name, tuple(inputs[0].shape.shape), color_layout=layout)
-        outputs = [ct.TensorType(n, dtype=_dtype(v, plan)) for n, v in prepared.outputs.items()]
+        outputs = [ct.TensorType(t.name, dtype=np.dtype(t.dtype).type) for t in given]
         classifier = ct.ClassifierConfig(list(plan.labels)) if plan.options["classifier"] == "yes" else None
         with _following() as stood:
             try:
@@ -206,11 +221,10 @@ def _name_probabilities(model: Any, name: str) -> None:
 
 def _entry(file: str, prepared: Prepared, plan: LowerPlan) -> ArtifactEntry:
     """Inputs and outputs as the package takes and gives them."""
-    inputs = [Tensor(n, tuple(v.shape) or (1,), np.dtype(_dtype(v, plan)).name) for n, v in prepared.inputs.items()]
+    inputs, outputs = prepared.tensors(plan)
     if prepared.pixels:
         layout = BGR if plan.options["image"] == "bgr" else ""
         inputs[0] = Tensor(inputs[0].name, inputs[0].shape, "uint8", layout, prepared.pixels)
-    outputs = [Tensor(n, tuple(v.shape), np.dtype(_dtype(v, plan)).name) for n, v in prepared.outputs.items()]
     return ArtifactEntry(file, tuple(inputs), tuple(outputs))
 
 
@@ -231,7 +245,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         if plan.precision in BITS:
             made = quantize(model, modules, entries[name].inputs, plan)
             model, modules, note = made.model, made.modules, {"quantized": made.facts}
-        describe(model, plan, note_modules(modules))
+        describe(model, plan, {"": note_modules(modules)})
         if plan.options["classifier"] == "yes":
             _name_probabilities(model, *prepared.outputs)
         with quiet():

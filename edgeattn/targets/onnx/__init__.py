@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Choices of ``weight_range``: int8 weights of all 8 bits, or of 7, which no CPU's kernels saturate with.
 FULL, REDUCED = "full", "reduced"
+#: Choices of ``cache``: the numbers that a decoder's cache is kept in; its graph in float16 wants them in float16.
+WHOLE, HALF = "float32", "float16"
 #: Extensions of x86 CPUs, as /proc/cpuinfo names them, that add products of 8 bits without saturation.
 _VNNI = ("avx_vnni", "avx512_vnni", "amx_int8")
 
@@ -38,7 +40,7 @@ class OnnxTarget(Target):
     rounds_as_planned: ClassVar[bool] = True
     asymmetric: ClassVar[bool] = True
     cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "dynamic"
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL)}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_range": (REDUCED, FULL), "cache": (WHOLE, HALF)}
 
     def availability(self) -> Availability:
         """Found when every package is installed; the versions are the detail."""
@@ -57,6 +59,8 @@ class OnnxTarget(Target):
         settled = super().settle(options, device, precision)
         if "weight_range" not in options and device is not None and not _saturates(device.machine, device.extensions):
             settled["weight_range"] = FULL
+        if "cache" not in options and precision == "fp16":
+            settled["cache"] = HALF
         return settled
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from edgeattn.capture import Program
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
-from edgeattn.targets.onnx import FULL
+from edgeattn.targets.onnx import FULL, HALF
 from edgeattn.targets.onnx_graph.blocks import blocks
+from edgeattn.targets.onnx_graph.caches import half_caches
 from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, step_entry, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
@@ -83,7 +84,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     made: dict[int, str] = {}
     for name, entry in program.entries.items():
         if id(entry.graph) in made:  # a decoder's entries are one graph, run with other sizes
-            entries[name] = step_entry(made[id(entry.graph)], entry, program.decoder)
+            entries[name] = step_entry(made[id(entry.graph)], entry, program.decoder, plan.options["cache"])
             continue
         model = export(entry)
         note: dict[str, Any] = {}
@@ -98,12 +99,14 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             else:
                 model, note["quantized"] = _quantized(model, plan)
             facts["opset"] = model.opset_imports[""]
+        if program.decoder and plan.options["cache"] == HALF:
+            half_caches(model, {row for row, _ in program.decoder.rows})
         tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         file = "model.onnx" if name == "main" or entry.dynamic else f"{name}.onnx"
         save(model, out / file)
         made[id(entry.graph)] = file
         if program.decoder:
-            entries[name] = step_entry(file, entry, program.decoder)
+            entries[name] = step_entry(file, entry, program.decoder, plan.options["cache"])
         else:
             entries[name] = ArtifactEntry(file, tensors(model.graph.inputs), tensors(model.graph.outputs))
         note["nodes"] = dict(Counter(node.op_type for node in model.graph).most_common())

@@ -178,8 +178,12 @@ def tensors(
     return tuple(found)
 
 
-def step_entry(file: str, entry: Entry, caches: Caches | None) -> ArtifactEntry:
-    """A decoder's entry; dimensions that vary stand at their largest."""
+def step_entry(file: str, entry: Entry, caches: Caches | None, cache: str = "float32") -> ArtifactEntry:
+    """A decoder's entry; dimensions that vary stand at their largest.
+
+    Args:
+        cache: dtype of the cache and of its new rows.
+    """
     assert caches is not None
     placeholders = {node.name: node.meta["val"] for node in entry.graph.graph.nodes if node.op == "placeholder"}
     given = [placeholders[str(user)] for user in entry.graph.graph_signature.user_inputs]
@@ -188,14 +192,15 @@ def step_entry(file: str, entry: Entry, caches: Caches | None) -> ArtifactEntry:
         ends = entry.dynamic.get(name, {})
         sizes = [ends[i][1] if i in ends else n if isinstance(n, int) else 1 for i, n in enumerate(value.shape)]
         dynamic = tuple((axis, *each) for axis, each in ends.items() if each[0] != each[2])
-        inputs.append(Tensor(name, tuple(sizes), str(value.dtype).removeprefix("torch."), dynamic=dynamic))
+        dtype = cache if name in dict(caches.rows) else str(value.dtype).removeprefix("torch.")
+        inputs.append(Tensor(name, tuple(sizes), dtype, dynamic=dynamic))
     (returned,) = entry.graph.graph.output_node().args
     assert isinstance(returned, list | tuple)
     (ids,) = [tensor for tensor in inputs if tensor.name == IDS]
     shapes = [(1, returned[0].meta["val"].shape[-1]), *((1, ids.shape[1], width) for _, width in caches.rows)]
     varies = tuple(ids.dynamic)
     outputs = [
-        Tensor(name, shape, "float32", dynamic=varies if i else ())
+        Tensor(name, shape, cache if i else "float32", dynamic=varies if i else ())
         for i, (name, shape) in enumerate(zip(entry.outputs, shapes, strict=True))
     ]
     return ArtifactEntry(file, tuple(inputs), tuple(outputs))

@@ -72,6 +72,19 @@ def operator_name(model: Any, operator: Any) -> str:
     return text(code.customCode) if number == schema.BuiltinOperator.CUSTOM else _operator_names().get(number, "?")
 
 
+def code_of(model: Any, name: str, version: int) -> int:
+    """Number of an operator in the model's list of those it uses, where it is added if it is new."""
+    number = int(getattr(schema.BuiltinOperator, name))
+    for index, code in enumerate(model.operatorCodes):
+        if operator_code(code) == number and code.version == version:
+            return index
+    made = schema.OperatorCodeT()
+    made.builtinCode, made.version = number, version
+    made.deprecatedBuiltinCode = min(number, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
+    model.operatorCodes.append(made)
+    return len(model.operatorCodes) - 1
+
+
 def operator_versions(model: Any) -> dict[str, int]:
     """The highest version of each operator that the file uses."""
     versions: dict[str, int] = {}

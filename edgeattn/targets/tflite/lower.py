@@ -21,7 +21,8 @@ from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.fp16 import to_fp16
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
-from edgeattn.targets.tflite.matmul import matmuls
+from edgeattn.targets.tflite.lookups import lookups
+from edgeattn.targets.tflite.matmul import matmuls, whole_inputs
 from edgeattn.targets.tflite.modules import marked, modules, note_outputs, paths_in, put_last_first
 from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
@@ -109,6 +110,7 @@ def _prepare(entry: Entry, layout: str) -> _Prepared:
     module = entry.graph.module()
     assert isinstance(module, fx.GraphModule)
     plain_pools(module)
+    lookups(module)
     rewritten = without_transposes(module)
     inputs = _zeros(entry)
     images: frozenset[int] = frozenset()
@@ -231,6 +233,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         put_last_first(model, name, one.places)
     flatbuffer.distinct_names(model)
     matmuls(model)
+    whole_inputs(model)
     inputs = {name: _inputs(model, name, entry, prepared[name].images) for name, entry in program.entries.items()}
     would_do = ""
     quantized: dict[str, dict[str, Any]] = {}

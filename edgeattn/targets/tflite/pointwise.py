@@ -31,20 +31,15 @@ def connect(model: Any, outputs: Collection[tuple[int, int]]) -> None:
     Args:
         outputs: number of the graph, and of the tensor that the convolution makes.
     """
-    code = None
     for number, graph in enumerate(model.subgraphs):
         for operator in graph.operators:
             if (number, int(operator.outputs[0])) not in outputs:
                 continue
-            if code is None:
-                code = len(model.operatorCodes)
-                made = schema.OperatorCodeT()
-                made.builtinCode = made.deprecatedBuiltinCode = schema.BuiltinOperator.FULLY_CONNECTED
-                made.version = 5  # the first that keeps the number of axes and takes a bias or none
-                model.operatorCodes.append(made)
             flags = schema.FullyConnectedOptionsT()
             flags.fusedActivationFunction, flags.keepNumDims = operator.builtinOptions.fusedActivationFunction, True
-            operator.opcodeIndex, operator.builtinOptions = code, flags
+            # Version 5 is the first that keeps the number of axes and takes a bias or none.
+            operator.opcodeIndex = flatbuffer.code_of(model, "FULLY_CONNECTED", 5)
+            operator.builtinOptions = flags
             operator.builtinOptionsType = schema.BuiltinOptions.FullyConnectedOptions
             weights = graph.tensors[operator.inputs[1]]
             weights.shape = [int(weights.shape[0]), int(weights.shape[3])]

@@ -13,7 +13,7 @@ from edgeattn.core.quiet import quiet
 
 #: Specification versions that can hold an ML program, and the first iOS that reads them.
 VERSIONS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}
-#: Key of the metadata under which ``lower`` notes the torch module of each value.
+#: Key of the metadata under which ``lower`` notes the torch module of each value; of one function with its name behind.
 MODULES = "edgeattn.modules"
 _AGAIN = "copy the package again, or convert the model again"
 
@@ -46,7 +46,11 @@ class Package:
     @property
     def modules(self) -> dict[str, str]:
         """Path of the torch module that each value came from, by the value's name; empty if not made by EdgeAttn."""
-        text = self.metadata.get(MODULES)
+        return self.modules_in("")
+
+    def modules_in(self, function: str) -> dict[str, str]:
+        """The same of one function, where several were noted."""
+        text = self.metadata.get(f"{MODULES}.{function}", self.metadata.get(MODULES))
         if text is None:
             return {}
         held = json.loads(text)

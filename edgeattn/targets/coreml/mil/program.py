@@ -147,7 +147,7 @@ class Function:
         spec = package.spec.mlProgram.functions[name]
         self.mode, self.nodes = mode, Counter[str]()
         self.inputs, self.outputs, self.states = features_of(package, name)
-        self._modules = package.modules
+        self._modules = package.modules_in(name)
         self._opset = _OPSETS.get(spec.opset, max(_OPSETS.values()))
         self._weights = Weights(package.root)
         self._watch: Watch | None = None
