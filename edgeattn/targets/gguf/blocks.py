@@ -55,7 +55,7 @@ def encode(rows: Array, kind: Kind) -> Array:
 def decode(data: Array, kind: Kind) -> Array:
     """The float32 numbers that a tensor's data stand for."""
     numbers: Array = gguf.quants.dequantize(data, kind)
-    return numbers
+    return numbers if numbers.flags.writeable else numbers.copy()
 
 
 def _q8_0(rows: Array) -> Array:

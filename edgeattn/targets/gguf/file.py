@@ -53,10 +53,11 @@ def _weight(state: Mapping[str, Tensor], module: str, config: PLMConfig) -> Arra
             "a weight has another shape than PLM's", value=f"{name} {tuple(value.shape)}", why=f"wanted is {wanted}"
         )
     array: Array = reordered(name, value.detach().float(), config, split=False).numpy()
-    if not np.abs(array).max() <= _LARGEST:
+    largest = max(array.max(), -array.min())
+    if not largest <= _LARGEST:
         raise ConversionFailed(
             "a weight cannot be stored",
-            value=f"{name}: largest {np.abs(array).max():g}",
+            value=f"{name}: largest {largest:g}",
             why=f"numbers must be finite, and in float16 at most {_LARGEST:g}",
             fix="look for what went wrong in training, or export for another target",
         )
