@@ -43,7 +43,7 @@ def count(model: nn.Module, inputs: Tensor | Sequence[Any]) -> Cost:
     """
     args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     counter = _Counter()
-    with _eval_mode(model), _no_fused_encoder(), counter.following(model), torch.no_grad(), counter:
+    with _eval_mode(model), no_fused_encoder(), counter.following(model), torch.no_grad(), counter:
         model(*args)
     return Cost(sum(p.numel() for p in model.parameters()), sum(counter.macs.values()), counter.macs)
 
@@ -138,7 +138,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fused_encoder() -> Iterator[None]:
+def no_fused_encoder() -> Iterator[None]:
     """Keep nn.MultiheadAttention and nn.TransformerEncoderLayer from running as one opaque operator."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -79,12 +79,14 @@ class Site:
 
     Attributes:
         rejected: (rule, path) of blocks that were tried and rolled back.
+        shared: the model under work has the parameters of the one that was given.
     """
 
     model: nn.Module
     inputs: Inputs
     seed: int
     rejected: set[tuple[str, str]] = field(default_factory=set)
+    shared: bool = False
 
     @cached_property
     def record(self) -> Record:

@@ -49,6 +49,7 @@ def reparameterize(
     rules: Iterable[Rule | str] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    shared: bool = False,
 ) -> Reparameterized:
     """Fuse what can be fused, measure every fusion, and keep only those that hold.
 
@@ -64,6 +65,8 @@ def reparameterize(
         rules: rules or their names, in the order in which they shall run; by default all of ``RULES``.
         seed: of the random activations, and of random numbers that the model itself may draw.
         progress: is told in a sentence what is being done.
+        shared: the deploy form has the parameters of the argument where nothing was folded into them; for a large
+            model two copies do not fit in memory.
 
     Returns:
         The deploy form (its own module, without added hooks, in eval mode) and the proof. If nothing could be fused
@@ -80,13 +83,14 @@ def reparameterize(
     say = progress or (lambda _: None)
 
     with full_float32():
-        return _reparameterize(model, arguments, chosen, seed, say)
+        return _reparameterize(model, arguments, chosen, seed, say, shared)
 
 
 def _reparameterize(
-    model: nn.Module, arguments: Inputs, rules: Sequence[Rule], seed: int, say: Callable[[str], None]
+    model: nn.Module, arguments: Inputs, rules: Sequence[Rule], seed: int, say: Callable[[str], None], shared: bool
 ) -> Reparameterized:
-    site = Site(duplicate(model), arguments, seed)
+    # Rules fold copies of blocks and exchange modules; no parameter of the model itself is ever written to.
+    site = Site(duplicate(model, shared=shared), arguments, seed, shared=shared)
     for module in site.model.modules():
         module.training = False
     reference = run(site.model, arguments, seed)
@@ -233,7 +237,7 @@ def _compare(
     undone = [NotFused(block.path, name, reason, block.errors) for block in proof.fused if block.rule == name]
     tried = {rule.name for rule in rules[:last]}
     others = [entry for entry in proof.not_fused if entry.rule not in tried]
-    less = _reparameterize(model, site.inputs, rules[:last], site.seed, say)
+    less = _reparameterize(model, site.inputs, rules[:last], site.seed, say, site.shared)
     return replace(less, proof=replace(less.proof, not_fused=[*undone, *less.proof.not_fused, *others]))
 
 

@@ -254,13 +254,16 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
-def duplicate(model: nn.Module) -> nn.Module:
+def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A deep copy, also of models that keep computed tensors (a cached attention bias, an old-style weight norm).
+
+    Args:
+        shared: the copy has the same parameters, for a large model's would not fit in memory twice.
 
     Raises:
         UsageError: an attribute cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if shared else {}
     for module in model.modules():
         own = [value for name, value in vars(module).items() if name not in _BOOKKEEPING]
         for tensor in leaf_tensors(own) if own else ():

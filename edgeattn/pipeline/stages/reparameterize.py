@@ -28,7 +28,7 @@ def run(context: Context) -> dict[str, Any]:
     def say(text: str) -> None:
         context.say(text.removeprefix("reparameterize: "))  # the stage's name is shown already
 
-    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=say)
+    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=say, shared=True)
     context.values["reparameterize"] = result.model
     del context.values["build"]  # the training form has done its part, and takes memory
     return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}

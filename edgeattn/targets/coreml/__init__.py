@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing, UsageError
@@ -36,6 +36,8 @@ class CoreMLTarget(Target):
     # Activations in float16 too, each rounded: more than weights alone lose.
     tolerances: ClassVar[Mapping[str, float]] = {"fp16": 1e-2}
     unproven: ClassVar[str] = "graph and weights verified by interpreter; not run on Apple hardware"
+    # A package's functions share their states, and a state has one size.
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "whole"
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "deployment": (*DEPLOYMENTS, *DEPLOYMENTS.values()),
         "io": ("float32", "float16"),
@@ -101,8 +103,12 @@ class CoreMLTarget(Target):
             raise ToolchainMissing("coremltools is missing", why=availability.detail, fix=availability.fix)
 
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
-        """See ``Target.lower``; one .mlpackage for each entry."""
+        """See ``Target.lower``; one .mlpackage for each entry, and one with all entries of a decoder."""
         self._need()
+        if program.decoder is not None:
+            from edgeattn.targets.coreml import decoder
+
+            return decoder.lower(program, plan, out)
         from edgeattn.targets.coreml.lower import lower
 
         return lower(program, plan, out)

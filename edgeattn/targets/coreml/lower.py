@@ -29,7 +29,7 @@ from edgeattn.targets.coreml.modules import modules_of, note_modules, owner_of, 
 from edgeattn.targets.coreml.quantize import quantize
 
 #: A listing for a debugger of another project, which coremltools leaves in the package.
-_DEBUG = "executorch_debug_handle_mapping.json"
+DEBUG = "executorch_debug_handle_mapping.json"
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             _name_probabilities(model, *prepared.outputs)
         with quiet():
             model.save(str(out / file))
-        (out / file / _DEBUG).unlink(missing_ok=True)
+        (out / file / DEBUG).unlink(missing_ok=True)
         facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends} | note
     about = {"options": dict(plan.options), "labels": list(plan.labels), "entries": facts}
     return Artifact(out, plan.precision, entries, about)

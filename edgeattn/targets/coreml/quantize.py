@@ -8,7 +8,7 @@ the last sample alone, and rounds sums, poolings and outputs as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ _WEIGHTED = {
 _TABLES = 4
 #: Constants of fewer numbers stand in the program itself, where none can be compressed.
 _FEWEST = 10
+#: What the converter calls a constant of float16 behind the name of its placeholder.
+_ROUNDED = "_to_fp16"
+_NO_WEIGHT = "it is a table of the model's, such as a rotary embedding's angles, and no weight"
 #: The smallest block: in a smaller one 4 bits and its share of a scale of 16 are no less than 8 bits.
 _SMALLEST = 8
 
@@ -270,8 +273,13 @@ class Quantized:
     facts: dict[str, Any]
 
 
-def _forms(uses: Sequence[Use], plan: LowerPlan) -> tuple[dict[str, Form], list[Use], list[dict[str, str]]]:
+def _forms(
+    uses: Sequence[Use], plan: LowerPlan, tables: Collection[str]
+) -> tuple[dict[str, Form], list[Use], list[dict[str, str]]]:
     """How each weight is to be stored, the operations that read those weights, and what stays in floats and why.
+
+    Args:
+        tables: see ``quantize``.
 
     Raises:
         CheckFailed: everything does.
@@ -279,7 +287,10 @@ def _forms(uses: Sequence[Use], plan: LowerPlan) -> tuple[dict[str, Form], list[
     readers: dict[str, list[Use]] = {}
     for use in uses:
         readers.setdefault(use.weight, []).append(use)
-    found = {name: _form(reading, plan.quant, plan.options) for name, reading in readers.items()}
+    found = {
+        name: _NO_WEIGHT if name.removesuffix(_ROUNDED) in tables else _form(reading, plan.quant, plan.options)
+        for name, reading in readers.items()
+    }
     forms = {name: form for name, form in found.items() if isinstance(form, Form)}
     left = [use.as_dict() | {"why": form} for use in uses if isinstance(form := found[use.weight], str)]
     if not forms:
@@ -292,11 +303,14 @@ def _forms(uses: Sequence[Use], plan: LowerPlan) -> tuple[dict[str, Form], list[
     return forms, [use for use in uses if use.weight in forms], left
 
 
-def quantize(model: Any, modules: Mapping[str, str], inputs: Sequence[Tensor], plan: LowerPlan) -> Quantized:
+def quantize(
+    model: Any, modules: Mapping[str, str], inputs: Sequence[Tensor], plan: LowerPlan, tables: Collection[str] = ()
+) -> Quantized:
     """A converted float16 model in the plan's bits.
 
     Args:
         modules: of the model's values. inputs: as the package takes them.
+        tables: placeholders of the captured graph whose numbers are computed, not learned, and stay in floats.
 
     Raises:
         CheckFailed: nothing in it can be quantized, or there is nothing to calibrate on. ToolchainMissing: palettes
@@ -311,7 +325,7 @@ def quantize(model: Any, modules: Mapping[str, str], inputs: Sequence[Tensor], p
             fix="pip install scikit-learn",
         )
     package = open_package(Path(model.package_path))
-    forms, chosen, left = _forms(uses_of(package, modules), plan)
+    forms, chosen, left = _forms(uses_of(package, modules), plan, tables)
     facts: dict[str, Any] = {"numbers": _numbers(plan, palette)}
     known, scales = dict(modules), dict[str, float]()
     rounded = {use.node: use for use in chosen if use.data and plan.quant.scheme(use.module).data == 8}

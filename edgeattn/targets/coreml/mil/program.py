@@ -14,7 +14,7 @@ from torch import Tensor
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.targets.coreml.mil import ops  # noqa: F401 (fills the registry)
-from edgeattn.targets.coreml.mil.features import features_of
+from edgeattn.targets.coreml.mil.features import Feature, features_of
 from edgeattn.targets.coreml.mil.package import Package
 from edgeattn.targets.coreml.mil.registry import (
     MODES,
@@ -117,6 +117,35 @@ def _names_read(spec: Any) -> set[str]:
     for block in spec.blocks:
         names = names.union(block.outputs, *map(_names_read, block.operations))
     return names
+
+
+class States:
+    """What functions keep between runs: a box with a tensor for each; the methods are those of coremltools' MLState."""
+
+    def __init__(self, features: Mapping[str, tuple[Feature, str]], mode: str) -> None:
+        """All zeros; ``features`` with their dtypes in MIL, by name."""
+        self._features, self._mode = features, mode
+        self.boxes: dict[str, list[Tensor]] = {name: [] for name in features}
+        self.reset()
+
+    def reset(self) -> None:
+        """Let all of them hold zeros."""
+        for name, (feature, dtype) in self._features.items():
+            self.boxes[name][:] = [torch.zeros(feature.shape, dtype=carrier(dtype, self._mode))]
+
+    def read_state(self, name: str) -> Array:
+        """A copy of what a state holds, in its own dtype."""
+        value: Array = self._features[name][0].from_result(self.boxes[name][0])
+        return value
+
+    def write_state(self, name: str, value: Array) -> None:
+        """Let a state hold these numbers.
+
+        Raises:
+            UsageError: another shape or dtype, or NaN in it.
+        """
+        feature, dtype = self._features[name]
+        self.boxes[name][0] = to_tensor(feature.check(value), dtype, self._mode).clone()
 
 
 class Function:
@@ -282,12 +311,12 @@ class Function:
             for step in self._block.steps
         ]
 
-    def make_state(self) -> dict[str, Any]:
-        """New states, all zeros, for ``run`` to read and to write."""
-        return {s.name: [torch.zeros(s.shape, dtype=carrier(self._types[s.name], self.mode))] for s in self.states}
+    def make_state(self) -> States:
+        """New states, all zeros, for ``run`` to read and to write, also of another function with the same ones."""
+        return States({s.name: (s, self._types[s.name]) for s in self.states}, self.mode)
 
     def run(
-        self, feeds: Mapping[str, Array], state: dict[str, Any] | None = None, watch: Watch | None = None
+        self, feeds: Mapping[str, Array], state: States | None = None, watch: Watch | None = None
     ) -> dict[str, Any]:
         """Outputs by name: arrays in the dtypes that the model declares, and what a classifier gives.
 
@@ -309,7 +338,7 @@ class Function:
         if self.states and state is None:
             why = f"it keeps {', '.join(s.name for s in self.states)}"
             raise UsageError("the model needs a state", why=why, fix="pass one from make_state()")
-        values: dict[str, Any] = dict(state or {})
+        values: dict[str, Any] = dict(state.boxes if state else {})
         for feature in self.inputs:
             given = feature.check(feeds[feature.name])
             values[feature.name] = to_tensor(given, self._types[feature.name], self.mode)
