@@ -155,6 +155,8 @@ def make_job(
         raise ToolchainMissing(f"target {target} cannot be used here", why=availability.detail, fix=availability.fix)
     asked = dict(options or {})
     settled = chosen.settle(asked, place, precision)
+    if resolved.recipe.decoder is not None:
+        chosen.settle_decoder(settled, asked, place, precision)
     # Without the precision: one that the device is too old for is refused unless something is asked for.
     plain = chosen.settle({}, place)
     options = {name: choice for name, choice in asked.items() if settled[name] != plain[name]}

@@ -45,9 +45,12 @@ class Job:
 
     @property
     def settled(self) -> dict[str, str]:
-        """All of the target's options, see ``Target.settle``."""
-        place = devices.resolve(self.device) if self.device else None
-        return targets.get(self.target).settle(self.options, place, self.precision)
+        """All of the target's options, see ``Target.settle`` and ``Target.settle_decoder``."""
+        place, target = devices.resolve(self.device) if self.device else None, targets.get(self.target)
+        settled = target.settle(self.options, place, self.precision)
+        if self.resolved.recipe.decoder is None or not target.cache:
+            return settled
+        return target.settle_decoder(settled, self.options, place, self.precision)
 
     @property
     def quant(self) -> QuantPlan:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Systems that a package can be made for, and the macOS of the same year. The oldest is the default.
 DEPLOYMENTS = {"iOS16": "macOS13", "iOS17": "macOS14", "iOS18": "macOS15"}
 _NEWER = {"iOS26": "iOS18", "macOS26": "macOS15"}
+#: The first of them that has states.
+STATES_FROM = "iOS18"
 #: What converts, reads and runs packages.
 COREMLTOOLS = "coremltools"
 #: How weights are stored in few bits: integers with scales, or indices into a table of numbers.
@@ -91,6 +93,33 @@ class CoreMLTarget(Target):
                 )
             settled["deployment"] = needed
         return settled
+
+    def settle_decoder(
+        self, settled: Mapping[str, str], asked: Mapping[str, str], device: Device | None, precision: str
+    ) -> dict[str, str]:
+        """See ``Target.settle_decoder``; a cache is a state, in float16 and from iOS18 on."""
+        where = f"a decoder on target {self.name}"
+        if precision == "fp32":
+            raise UsageError(
+                "a decoder cannot be in fp32",
+                where=where,
+                why="its cache is a state, which Core ML has in float16 alone",
+                fix="--precision fp16",
+            )
+        for option in ("image", "classifier"):
+            if settled[option] != "no":
+                value = f"{option}={settled[option]}"
+                raise UsageError("a decoder has no such form", value=value, where=where, fix="leave the option away")
+        old = settled["deployment"] != STATES_FROM
+        if old and ("deployment" in asked or (device is not None and device.deployment_target)):
+            raise UsageError(
+                "a decoder needs a newer system",
+                value=f"deployment={settled['deployment']}",
+                where=where,
+                why=f"its cache is a state, which begins with {STATES_FROM} ({DEPLOYMENTS[STATES_FROM]})",
+                fix=f"-O deployment={STATES_FROM}",
+            )
+        return {**settled, "deployment": STATES_FROM}
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """The converter and what it computes with, and in 8 and 4 bits what finds palettes."""

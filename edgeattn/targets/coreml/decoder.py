@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from edgeattn.capture import Entry, Program
-from edgeattn.core.errors import ConversionFailed, UsageError
+from edgeattn.core.errors import ConversionFailed
 from edgeattn.core.quiet import quiet
 from edgeattn.core.specs import IDS, POSITION, new_name
 from edgeattn.quant.plan import BITS
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
+from edgeattn.targets.coreml import STATES_FROM
 from edgeattn.targets.coreml.describe import describe
 from edgeattn.targets.coreml.facts import facts_of
 from edgeattn.targets.coreml.lower import DEBUG, convert, prepare
@@ -93,34 +94,6 @@ class _States(AbstractGraphPass):  # type: ignore[misc]
         function.set_outputs(list(rows.values()))
 
 
-def settled(given: Mapping[str, str], precision: str, bound: bool) -> dict[str, str]:
-    """A target's settled options, for a decoder.
-
-    Args:
-        bound: whether the deployment is the user's or the device's choice, not the default.
-
-    Raises:
-        UsageError: a precision or an option that a decoder cannot have.
-    """
-    where = "a decoder on target coreml"
-    if precision == "fp32":
-        why = "Core ML keeps states in float16 alone, and a cache is one"
-        raise UsageError("a decoder cannot be in fp32", value=precision, where=where, why=why, fix="--precision fp16")
-    for option in ("image", "classifier"):
-        if given[option] != "no":
-            value = f"{option}={given[option]}"
-            raise UsageError("there is no such decoder", value=value, where=where, why="it takes tokens, gives logits")
-    if given["deployment"] != "iOS18" and bound:
-        raise UsageError(
-            "a decoder needs a newer system",
-            value=f"deployment={given['deployment']}",
-            where=where,
-            why="its cache is a state, which begins with iOS18 (macOS15)",
-            fix="-O deployment=iOS18",
-        )
-    return {**given, "deployment": "iOS18"}
-
-
 def _check_caches(program: Program) -> None:
     assert program.decoder is not None
     for name, entry in program.entries.items():
@@ -165,11 +138,10 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     """Write ``FILE`` into ``out`` with a function for each entry.
 
     Raises:
-        ConversionFailed: names the operation and the module; entries with caches of different lengths. UsageError: see
-            ``settled``.
+        ConversionFailed: names the operation and the module; entries with caches of different lengths.
     """
     assert program.decoder is not None
-    options = settled(plan.options, plan.precision, bound=True)
+    assert plan.options["deployment"] == STATES_FROM, "see settle_decoder"
     _check_caches(program)
     names = [name for name, _ in program.decoder.rows]
     kept = frozenset((*names, *map(new_name, names)))
@@ -193,8 +165,10 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         model.save(str(out / FILE))
     (out / FILE / DEBUG).unlink(missing_ok=True)
     package = open_package(out / FILE)
-    states = [{"name": n, "shape": [1, program.decoder.context, w], "dtype": "float16"} for n, w in program.decoder.rows]
-    about = {name: facts_of(package, name) | note for name, note in notes.items()}
-    return Artifact(
-        out, plan.precision, entries, {"options": options, "labels": [], "entries": about, "states": states}
-    )
+    facts = {
+        "options": dict(plan.options),
+        "labels": [],
+        "entries": {name: facts_of(package, name) | note for name, note in notes.items()},
+        "states": {name: [1, program.decoder.context, width] for name, width in program.decoder.rows},
+    }
+    return Artifact(out, plan.precision, entries, facts)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgeattn.lint import Finding, RuleBook, Severity
 from edgeattn.targets.coreml.mends.qkv_rank5 import packed
+from edgeattn.targets.coreml.mends.written_norm import written
 from edgeattn.targets.coreml.modules import path_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class _Scope:
     Attributes:
         live: values that depend on an input or a state; the others are computed once, by the converter.
         widest: height and width that the chip takes.
-        mended: nodes of rank 5 that lowering does without.
+        mended: nodes of rank 5, and means of squares, that lowering does without.
     """
 
     live: frozenset[fx.Node]
@@ -78,7 +79,9 @@ class _Scope:
                 depends = any(source in live for source in node.all_input_nodes)
             if depends:
                 live.add(node)
-        return _Scope(frozenset(live), widest, frozenset(node for place in packed(module) for node in place.nodes))
+        mended = [node for place in packed(module) for node in place.nodes]
+        mended += [place.mean for place in written(module)]
+        return _Scope(frozenset(live), widest, frozenset(mended))
 
 
 def _op(node: fx.Node) -> str:
@@ -237,7 +240,7 @@ def _small(base: fx.Node) -> bool:
 
 def _square(node: fx.Node, scope: _Scope) -> Iterator[_Hit]:
     square = _origin(node.args[0]) if _op(node) in ("mean", "sum") else None
-    if not isinstance(square, fx.Node) or not square.args:
+    if not isinstance(square, fx.Node) or not square.args or node in scope.mended:
         return
     base, *others = square.args
     power = _op(square) == "pow" and isinstance(others[0], int | float) and others[0] >= 2

@@ -25,7 +25,7 @@ from edgeattn.targets.coreml.facts import facts_of
 from edgeattn.targets.coreml.images import pixels_of, take_pixels
 from edgeattn.targets.coreml.mends import mend
 from edgeattn.targets.coreml.mil.package import open_package
-from edgeattn.targets.coreml.modules import modules_of, note_modules, owner_of, path_of
+from edgeattn.targets.coreml.modules import holder_of, modules_of, note_modules, owner_of, path_of
 from edgeattn.targets.coreml.quantize import quantize
 
 #: A listing for a debugger of another project, which coremltools leaves in the package.
@@ -89,7 +89,8 @@ def prepare(
         take_pixels(graph, pixels)
     given = {str(name) for name in graph.graph_signature.user_inputs}
     for node in graph.graph.nodes:
-        node.meta["stack_trace"] = path_of(owner_of(node, given))
+        parameters = graph.graph_signature.inputs_to_parameters
+        node.meta["stack_trace"] = path_of(owner_of(node, given)) or holder_of(node, parameters)
     return Prepared(graph, inputs, outputs, pixels, dict(changed), halves)
 
 

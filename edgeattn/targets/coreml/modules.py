@@ -47,6 +47,23 @@ def owner_of(node: fx.Node, inputs: Collection[str]) -> fx.Node:
     return at if _packet(at) in _CONVOLUTIONS or (_packet(at) in _LINEAR and only_added) else node
 
 
+def holder_of(node: fx.Node, parameters: Mapping[str, str]) -> str:
+    """Path of the module whose parameter a node reads, as it is or viewed; "" where it reads none, or of several.
+
+    It says where a method that is no forward got its weights from: there no module is entered.
+
+    Args:
+        parameters: paths by the names of their placeholders.
+    """
+    found = set()
+    for source in node.all_input_nodes:
+        while isinstance(source.target, torch._ops.OpOverload) and source.target.is_view:
+            (source, *_) = source.all_input_nodes
+        if source.name in parameters:
+            found.add(parameters[source.name].rpartition(".")[0])
+    return found.pop() if len(found) == 1 else ""
+
+
 def modules_of(program: Any) -> dict[str, str]:
     """Paths of the modules that a converted program's values came from, by the values' names.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
+
+_ATEN = torch.ops.aten
 
 
 def calls(module: fx.GraphModule, *targets: Any) -> Iterator[fx.Node]:
@@ -38,3 +41,20 @@ class Writer:
         """Let every reader of ``place`` read ``new``; ``place`` goes."""
         self._place.replace_all_uses_with(new)
         self._place.graph.erase_node(self._place)
+
+
+def square_of(node: Any) -> fx.Node | None:
+    """What a node is the square of, however that is written; None if it is no square."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    first, second = (*node.args, None, None)[:2]
+    if isinstance(second, fx.Node):
+        written = node.target is _ATEN.mul.Tensor and first is second
+    else:
+        written = node.target is _ATEN.square.default or (node.target is _ATEN.pow.Tensor_Scalar and second == 2)
+    return first if written and isinstance(first, fx.Node) else None
+
+
+def largest_of(write: Writer, x: fx.Node, axes: list[int]) -> fx.Node:
+    """The largest of |x| along ``axes``, but 1 at least: what is divided by it has squares that float16 holds."""
+    return write(_ATEN.clamp.default, write(_ATEN.amax.default, write(_ATEN.abs.default, x), axes, True), 1.0)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from edgeattn.targets.coreml.mends._edit import Writer, calls, value
+from edgeattn.targets.coreml.mends._edit import Writer, calls, largest_of, value
 
 _ATEN = torch.ops.aten
 
@@ -28,8 +28,7 @@ def mend(module: fx.GraphModule, precision: str) -> int:
         eps = torch.finfo(value(x).dtype).eps if eps is None else eps
         y, added = x, eps
         if precision != "fp32":
-            largest = write(_ATEN.amax.default, write(_ATEN.abs.default, x), axes, True)
-            inverse = write(_ATEN.reciprocal.default, write(_ATEN.clamp.default, largest, 1.0))
+            inverse = write(_ATEN.reciprocal.default, largest_of(write, x, axes))
             y = write(_ATEN.mul.Tensor, x, inverse)
             added = write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, inverse, inverse), eps)
         mean = write(_ATEN.mean.dim, write(_ATEN.mul.Tensor, y, y), axes, True)
