@@ -31,7 +31,9 @@ RUNNER_PARTS = {
 SCORED = "heldout.npz"
 _SCORE = {"run_score.py": RUNNER.with_name("runner_score.py")}
 #: What makes tokens with a decoder.
-_GENERATE = {"run_generate.py": RUNNER.with_name("runner_generate.py")}
+_GENERATE = {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in ("generate", "prompt", "text")}
+#: What keeps its cache, by backend, where the runtime does not.
+_CACHE = {"tensorrt": {"run_cache.py": RUNNER.with_name("runner_cache.py")}}
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ def write_bundle(
             parts = [RUNNER_PARTS.get(info.backend, {}) for info in manifest.artifacts]
             parts += [_SCORE] if (folder / SCORED).is_file() else []
             parts += [_GENERATE] if manifest.decoder else []
+            parts += [_CACHE.get(info.backend, {}) for info in manifest.artifacts if manifest.decoder]
             for part in parts:
                 for name, source in part.items():
                     shutil.copyfile(source, folder / name)

@@ -98,7 +98,8 @@ class DecoderInfo(_Part):
     Attributes:
         context: tokens that the cache holds. vocabulary: number of logits.
         stop: tokens that end a text. tokenizer: file in the bundle, "" where there is none.
-        chat_template: Jinja, "" where there is none. borrowed: the tokenizer is not the checkpoint's own.
+        chat_template: Jinja, "" where there is none. special_tokens: what it may name, such as bos_token.
+        borrowed: the tokenizer is not the checkpoint's own.
     """
 
     context: int
@@ -107,6 +108,7 @@ class DecoderInfo(_Part):
     stop: tuple[int, ...] = ()
     tokenizer: str = ""
     chat_template: str = ""
+    special_tokens: dict[str, str] = Field(default_factory=dict)
     borrowed: bool = False
 
 

@@ -20,6 +20,33 @@ LIBRARY = "libcuda.so.1"
 ANYWHERE = "edgeattn verify BUNDLE compares the typed graph on any machine"
 
 
+#: CU_MEMORYTYPE_DEVICE.
+_DEVICE = 2
+
+
+class _Pieces(ctypes.Structure):
+    """CUDA_MEMCPY2D of cuda.h."""
+
+    _fields_ = [
+        ("srcXInBytes", ctypes.c_size_t),
+        ("srcY", ctypes.c_size_t),
+        ("srcMemoryType", ctypes.c_int),
+        ("srcHost", ctypes.c_void_p),
+        ("srcDevice", ctypes.c_uint64),
+        ("srcArray", ctypes.c_void_p),
+        ("srcPitch", ctypes.c_size_t),
+        ("dstXInBytes", ctypes.c_size_t),
+        ("dstY", ctypes.c_size_t),
+        ("dstMemoryType", ctypes.c_int),
+        ("dstHost", ctypes.c_void_p),
+        ("dstDevice", ctypes.c_uint64),
+        ("dstArray", ctypes.c_void_p),
+        ("dstPitch", ctypes.c_size_t),
+        ("WidthInBytes", ctypes.c_size_t),
+        ("Height", ctypes.c_size_t),
+    ]
+
+
 class Driver:
     """CUDA's driver API for the first GPU, as far as it is needed here.
 
@@ -88,6 +115,37 @@ class Driver:
         """Device to host, on the stream."""
         self("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), memory, _size(array), self.stream)
 
+    def zero(self, memory: ctypes.c_uint64, size: int) -> None:
+        """Fill device memory with zeros, on the stream."""
+        self("cuMemsetD8Async", memory, ctypes.c_ubyte(0), ctypes.c_size_t(size), self.stream)
+
+    def copy_rows(
+        self,
+        to: tuple[ctypes.c_uint64, int],
+        source: tuple[ctypes.c_uint64, int],
+        offset: int,
+        size: int,
+        count: int,
+    ) -> None:
+        """Device to device, on the stream: ``count`` pieces of ``size`` bytes.
+
+        Args:
+            to, source: where the first piece lies, and how many bytes further the next. offset: of the pieces in
+                ``to``; with their size it is no more than that.
+        """
+        pieces = _Pieces(
+            srcMemoryType=_DEVICE,
+            srcDevice=source[0],
+            srcPitch=source[1],
+            dstXInBytes=offset,
+            dstMemoryType=_DEVICE,
+            dstDevice=to[0],
+            dstPitch=to[1],
+            WidthInBytes=size,
+            Height=count,
+        )
+        self("cuMemcpy2DAsync_v2", ctypes.byref(pieces), self.stream)
+
     def wait(self) -> None:
         """Until the stream is empty."""
         self("cuStreamSynchronize", self.stream)
@@ -120,6 +178,11 @@ class Driver:
         self("cuStreamEndCapture", self.stream, ctypes.byref(graph))
         self("cuGraphInstantiateWithFlags", ctypes.byref(made), graph, ctypes.c_uint64(0))
         return lambda: self("cuGraphLaunch", made, self.stream)
+
+
+def pointer(address: int) -> ctypes.c_uint64:
+    """An address in device memory, as the driver takes it."""
+    return ctypes.c_uint64(address)
 
 
 def _size(array: Any) -> ctypes.c_size_t:

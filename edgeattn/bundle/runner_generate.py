@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any, Callable
 
 Data = dict[str, Any]
-#: Outputs for inputs. A runtime that keeps the cache itself has an attribute ``stateful``, and ``reset()``; one that
-#: lets its own input buffers be written has ``views``, arrays by name, and is called without them.
+#: Outputs for inputs. A runtime that keeps the cache itself has an attribute ``stateful``, and ``reset()``: it is given
+#: no rows, and gives none. One that lets its own input buffers be written has ``views``, arrays by name, and is called
+#: without them.
 Run = Callable[[Data], Data]
 
 #: So few tokens are decoded one by one before a larger entry is filled up with padding.
@@ -28,7 +29,8 @@ class Session:
         opener: what runs an entry, see ``Run``.
 
     Attributes:
-        position: tokens that the cache holds. rows: the cache, (1, context, width) each; {} where the runtime has it.
+        context: tokens that the cache can hold. position: tokens that it holds.
+        rows: the cache, (1, context, width) each; {} where no entry takes it.
     """
 
     def __init__(self, decoder: Data, entries: Data, opener: Callable[[str], Run]) -> None:
@@ -49,7 +51,8 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Of the cache as it is allocated; 0 where the runtime has it."""
-        return sum(rows.nbytes for rows in self.rows.values())
+        kept = any(getattr(run, "stateful", False) for run in self._opened.values())
+        return 0 if kept else sum(rows.nbytes for rows in self.rows.values())
 
     def reset(self) -> None:
         """Begin a new sequence."""
@@ -58,6 +61,16 @@ class Session:
         for run in self._opened.values():
             if getattr(run, "stateful", False):
                 run.reset()  # type: ignore[attr-defined]
+
+    def prepare(self, count: int) -> None:
+        """Open the entries that so many tokens, and one more behind them, will run on: what takes long is done then."""
+        position, end = self.position, self.position + count
+        while position < end:
+            shape, taken = self._next(position, end - position)
+            self._open(shape)
+            position += taken
+        if end < self.context:
+            self._open(self._next(end, 1)[0])
 
     def feed(self, ids: Any, each: Callable[[], None] = lambda: None) -> Any:
         """Take tokens in; the logits (vocabulary,) behind the last of them, in float32.
@@ -72,15 +85,15 @@ class Session:
             raise Full(f"{self.position} + {len(ids)} tokens are more than the context of {self.context}")
         logits, done = None, 0
         while done < len(ids):
-            shape, count = self._next(len(ids) - done)
+            shape, count = self._next(self.position, len(ids) - done)
             logits = self._run(shape, ids[done : done + count])
             done += count
             each()
         return logits
 
-    def _next(self, left: int) -> tuple[_Shape, int]:
-        """The entry for the next tokens, and how many it takes of ``left``."""
-        fits = [s for s in self._entries if s.rows >= self.position and self.position + s.least <= self.context]
+    def _next(self, position: int, left: int) -> tuple[_Shape, int]:
+        """The entry for the tokens from ``position`` on, and how many it takes of ``left``."""
+        fits = [s for s in self._entries if s.rows >= position and position + s.least <= self.context]
         fits.sort(key=lambda s: (s.rows, s.tokens))
         one = next(s for s in fits if s.tokens == 1)
         several = [s for s in fits if s.rows == one.rows and s.tokens > 1]
@@ -89,12 +102,16 @@ class Session:
         enough = next((s for s in several if s.tokens >= left), several[-1])
         return enough, min(left, enough.tokens)
 
+    def _open(self, shape: _Shape) -> Run:
+        if shape.name not in self._opened:
+            self._opened[shape.name] = self._opener(shape.name)
+        return self._opened[shape.name]
+
     def _run(self, shape: _Shape, ids: Any) -> Any:
         import numpy as np
 
-        if shape.name not in self._opened:
-            self._opened[shape.name] = self._opener(shape.name)
-        run, count, begin = self._opened[shape.name], len(ids), self.position
+        run, count, begin = self._open(shape), len(ids), self.position
+        held = {} if getattr(run, "stateful", False) else self.rows
         padded = np.zeros((1, max(count, shape.least)), np.int64)
         padded[0, :count] = ids
         feeds: Data = {"ids": padded, "position": np.array([begin])}
@@ -104,14 +121,14 @@ class Session:
         views = getattr(run, "views", None)
         if views is None:
             filled = shape.rows if shape.fixed else max(begin, 1)  # a row that is masked, before there is any
-            feeds.update({name: rows[:, :filled] for name, rows in self.rows.items()})
+            feeds.update({name: rows[:, :filled] for name, rows in held.items()})
         else:
             since = self._synced.get(shape.name, 0)
-            for name, rows in self.rows.items():
+            for name, rows in held.items():
                 views[name][:, since:begin] = rows[:, since:begin]
             self._synced[shape.name] = begin
         outputs = run(feeds)
-        for name, rows in self.rows.items():
+        for name, rows in held.items():
             rows[:, begin : begin + count] = outputs[f"new_{name}"][:, :count]
         self.position = begin + count
         return outputs["logits"][0].astype(np.float32)

@@ -242,15 +242,15 @@ class Opened:
             if not self.context.set_input_shape(name, shape):
                 raise run.Problem(2, f"the engine does not take input {name} of shape {shape}")
         for spec in (*self._spec["inputs"], *self._spec["outputs"]):
-            name = spec["name"]
-            shape, dtype = (
-                tuple(self.context.get_tensor_shape(name)),
-                self.trt.nptype(self.engine.get_tensor_dtype(name)),
-            )
-            self.host[name] = self.cuda.pinned(shape, dtype)
-            self.device[name] = self.cuda.memory(self.host[name].nbytes)
-            self.context.set_tensor_address(name, self.device[name].value)
+            self._place(spec["name"])
         self._shapes = shapes
+
+    def _place(self, name: str) -> None:
+        """Buffers of a tensor on both sides."""
+        shape = tuple(self.context.get_tensor_shape(name))
+        self.host[name] = self.cuda.pinned(shape, self.trt.nptype(self.engine.get_tensor_dtype(name)))
+        self.device[name] = self.cuda.memory(self.host[name].nbytes)
+        self.context.set_tensor_address(name, self.device[name].value)
 
     def upload(self) -> None:
         """Inputs to the GPU."""
@@ -273,6 +273,14 @@ class Opened:
         for name, value in feeds.items():
             self.host[name][...] = value
 
+    def own(self, feeds: Data) -> Data:
+        """What of the feeds goes up at every run."""
+        return feeds
+
+    def steps(self) -> Data:
+        """What a run consists of, by name, each a function that puts it on the stream."""
+        return {"transfer in": self.upload, "engine": self.launch, "transfer out": self.download}
+
     def __call__(self, feeds: Data) -> Data:
         """Outputs by name, copied out of the buffers."""
         self.fill(feeds)
@@ -283,9 +291,24 @@ class Opened:
         return {spec["name"]: self.host[spec["name"]].astype(spec["dtype"]) for spec in self._spec["outputs"]}
 
 
+#: Of decoders, by the manifest's digest: one for all entries.
+_CACHES: Data = {}
+
+
+def opened_of(part: Data, entry: str, cuda: cuda_driver.Driver) -> Opened:
+    """An entry's engine; of a decoder with the cache that all of its entries share."""
+    if not part.get("decoder"):
+        return Opened(part, entry, cuda)
+    steps = importlib.import_module("run_cache")
+    if part["digest"] not in _CACHES:
+        _CACHES[part["digest"]] = steps.Cache(part, cuda)
+    opened: Opened = steps.Steps(part, entry, _CACHES[part["digest"]])
+    return opened
+
+
 def open_entry(part: Data, entry: str) -> tuple[run.Run, str]:
     """A function from inputs to outputs by name, and the runtime's name and version."""
-    opened = Opened(part, entry, cuda_driver.driver())
+    opened = opened_of(part, entry, cuda_driver.driver())
     return opened, opened.about["tensorrt"]
 
 
@@ -305,7 +328,7 @@ def child(manifest: Data, do: str) -> Data:
     about: Data = {}
 
     def opener(entry: str) -> tuple[run.Run, str]:
-        opened = Opened(part, entry, cuda_driver.driver())
+        opened = opened_of(part, entry, cuda_driver.driver())
         about.update(opened.about)
         return opened, opened.about["tensorrt"]
 
@@ -351,12 +374,13 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
     before = run.machine_state()
     feeds = run.fitted(part, entry, run.golden_data(run.golden_samples(manifest, entry)[0][0])[0])
     begun = time.perf_counter()
-    opened = Opened(part, entry, cuda)
+    opened = opened_of(part, entry, cuda)
+    cuda = opened.cuda
     opened.fill(feeds)
     load_ms = (time.perf_counter() - begun) * 1e3
-    whole = run.timings(opened, feeds, options.runs, options.warmup)
+    whole = run.timings(opened, opened.own(feeds), options.runs, options.warmup)
     begin, end, runs = cuda.event(), cuda.event(), options.runs or LAUNCHES
-    steps: Data = {"transfer in": opened.upload, "engine": opened.launch, "transfer out": opened.download}
+    steps = opened.steps()
     problem = ""
     try:
         steps["engine, CUDA graph"] = cuda.graph(opened.launch)

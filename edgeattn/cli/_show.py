@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -119,3 +120,55 @@ def numerics_rows(numerics: dict[str, Any]) -> list[tuple[str, ...]]:
             values = (f"{n['relative_l2']:.2e}", f"{n['max_abs']:.2e}", sqnr, f"{n['cosine']:.8f}", str(n["nonfinite"]))
             rows.append((sample, name, *values))
     return rows
+
+
+def families(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Names that differ in the number at their end alone, as the layers' tensors of a cache do, under one of them all.
+
+    Returns:
+        ("latent_0..31", its names), in the order of the first ones; up to two of a kind stand alone.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        stem = name.rstrip("0123456789")
+        kinds.setdefault(stem if stem.endswith("_") and stem != name else name, []).append(name)
+    found = []
+    for stem, members in kinds.items():
+        few = len(members) < 3
+        found += [(name, [name]) for name in members] if few else [(f"{members[0]}..{members[-1][len(stem) :]}", members)]
+    return found
+
+
+def worst_rows(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Of ``numerics_rows`` those that are furthest off among ``families`` of outputs."""
+    shown: list[tuple[str, ...]] = []
+    for sample in dict.fromkeys(row[0] for row in rows):
+        own = {row[1]: row for row in rows if row[0] == sample}
+        for label, members in families(own):
+            worst = max((own[name] for name in members), key=lambda row: float(row[2]))
+            shown.append((sample, label if len(members) == 1 else f"worst of {label}", *worst[2:]))
+    return shown
+
+
+def decoding_rows(found: dict[str, Any], context: int) -> list[tuple[str, str]]:
+    """Rows (label, words) of what a text showed of a decoder, see ``ArtifactInfo.decoding``."""
+    first, last = (found["by_position"][i]["relative_l2"] for i in (0, -1))
+    held = f"{size(found['cache_bytes'])} for {context} tokens, {found['cache_bytes'] / context:g} bytes each"
+    return [
+        (
+            "perplexity",
+            f"{found['perplexity']:.5g} over {found['positions']} positions of {found['data']}, PyTorch "
+            f"{found['perplexity_reference']:.5g}: ratio {found['perplexity_ratio']:.4f}, allowed {found['bound']:g}",
+        ),
+        (
+            "agreement",
+            f"KL {found['kl']:.2e} nats, {found['kl_max']:.2e} at most; top-1 agreement {found['top1_agreement']:.2%}",
+        ),
+        (
+            "drift",
+            f"relative L2 {first:.2e} in the first eighth of {found['steps']} steps, {last:.2e} in the last; decoded "
+            f"against prefilled {found['prefill_against_decode']:.2e}",
+        ),
+        ("greedy", f"{found['greedy']['same']} of {found['greedy']['of']} tokens until it differs from PyTorch's"),
+        ("cache", held if found["cache_bytes"] else f"kept by the runtime, for {context} tokens"),
+    ]

@@ -48,7 +48,7 @@ def command(args: tuple[str, ...], output: str, force: bool, **job: Any) -> None
 def _report(exported: Exported, unscored: str | None) -> None:
     from rich.markup import escape
 
-    from edgeattn.cli._show import console, size, table
+    from edgeattn.cli._show import console, decoding_rows, size, table
 
     bundle = exported.bundle
     manifest, out = bundle.manifest, console()
@@ -65,7 +65,11 @@ def _report(exported: Exported, unscored: str | None) -> None:
     summary = next(iter(exported.runs.values())).records["reparameterize"].facts["summary"]
     facts.add_row("reparameterized", escape(summary))
     for info in manifest.artifacts:
-        _artifact_rows(facts, info, manifest.tolerance, f" ({info.backend})" if manifest.alternatives else "")
+        which = f" ({info.backend})" if manifest.alternatives else ""
+        _artifact_rows(facts, info, manifest.tolerance, which)
+        if info.decoding and manifest.decoder:
+            for label, words in decoding_rows(info.decoding, manifest.decoder.context):
+                facts.add_row(f"{label}{which}", escape(words))
     if unscored:
         facts.add_row("accuracy", f"not scored: {escape(unscored)}")
     models = {entry.file for info in manifest.artifacts for entry in info.entries.values()}
@@ -103,6 +107,8 @@ def _next(bundle: Bundle) -> list[str]:
     place = device.resolve(manifest.device) if manifest.device else None
     lines = [f"edgeattn verify {path}"]
     requirements = " or ".join(sorted({info.requirement for info in manifest.artifacts if info.requirement}))
+    text = manifest.decoder is not None and bool(manifest.decoder.tokenizer)
+    prompt = '--prompt "..."' if text else "--ids 1,2,3"
     if place is not None and place.connect:
         lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
     elif manifest.unproven:
@@ -120,8 +126,12 @@ def _next(bundle: Bundle) -> list[str]:
                 f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)"
             )
     lines.append(f"edgeattn inspect {path}")
+    if manifest.decoder:
+        lines.insert(1, f"edgeattn generate {path} {prompt}")
     if requirements:
         lines.append(f"python {path}/run.py    (on the device: needs numpy and {requirements})")
+    if requirements and manifest.decoder:
+        lines.append(f"python {path}/run.py {prompt}" + "    (and tokenizers)" * text)
     return lines
 
 

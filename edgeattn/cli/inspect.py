@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from edgeattn.bundle.manifest import ArtifactInfo
+    from edgeattn.bundle.manifest import ArtifactInfo, DecoderInfo, TensorInfo
 
 
 @click.command("inspect", short_help="Show what is in a bundle and what was proven.")
@@ -22,7 +23,7 @@ def command(bundle: str, as_json: bool) -> None:
     from rich.markup import escape
 
     from edgeattn.bundle import Bundle
-    from edgeattn.cli._show import console, size, table
+    from edgeattn.cli._show import console, decoding_rows, size, table
 
     manifest = Bundle.open(bundle).manifest
     if as_json:
@@ -42,8 +43,13 @@ def command(bundle: str, as_json: bool) -> None:
     facts.add_row("reparameterized", f"{len(fused)} blocks fused, {len(manifest.reparam.get('not_fused', []))} not")
     if manifest.choice:
         facts.add_row("in front", escape(f"{manifest.choice['front']}. {manifest.choice['why']}"))
+    if manifest.decoder:
+        facts.add_row("tokens", _tokens(manifest.decoder))
     for info in manifest.artifacts:
         _artifact_rows(facts, info)
+        if info.decoding and manifest.decoder:
+            for label, words in decoding_rows(info.decoding, manifest.decoder.context):
+                facts.add_row(f"  {label}", escape(words))
     out.print(facts)
     for info in manifest.artifacts:
         _details(out, info, f" ({info.backend})" if manifest.alternatives else "")
@@ -54,11 +60,34 @@ def command(bundle: str, as_json: bool) -> None:
     out.print(files)
 
 
+def _tokens(decoder: DecoderInfo) -> str:
+    """How a decoder makes tokens."""
+    words = [f"context {decoder.context}", f"vocabulary {decoder.vocabulary}"]
+    borrowed = ", borrowed: the checkpoint has none of its own" * decoder.borrowed
+    words.append(f"tokenizer {decoder.tokenizer}{borrowed}" if decoder.tokenizer else "no tokenizer")
+    words += ["with a chat template"] if decoder.chat_template else []
+    words += [f"ended by {', '.join(map(str, decoder.stop))}"] if decoder.stop else []
+    return "; ".join(words)
+
+
+def _tensors(tensors: Sequence[TensorInfo]) -> str:
+    """Names, shapes and dtypes; those of a cache's layers together."""
+    from edgeattn.cli._show import families
+    from edgeattn.core.specs import shape_words
+
+    about = {
+        t.name: f"{shape_words(t.shape, t.dynamic)} {t.dtype}{f' {t.layout}' * bool(t.layout)}" for t in tensors
+    }
+    words = []
+    for label, names in families(about):
+        alike = len({about[name] for name in names}) == 1
+        words += [f"{label} {about[names[0]]}"] if alike else [f"{name} {about[name]}" for name in names]
+    return ", ".join(words)
+
+
 def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
     """One artifact: its versions, what it was proven with, its score and its entries."""
     from rich.markup import escape
-
-    from edgeattn.core.specs import shape_words
 
     facts.add_row(f"artifact {info.backend}", ", ".join(f"{n} {v}" for n, v in info.tools.items() if v))
     proven = ", ".join(f"{r.name} {r.version} on {r.machine}" for r in info.runtimes)
@@ -73,11 +102,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo) -> None:
             f"{task['artifact_correct']} of {task['samples']} held-out samples, PyTorch {task['reference_correct']}",
         )
     for name, entry in info.entries.items():
-        ins = ", ".join(
-            f"{t.name} {shape_words(t.shape, t.dynamic)} {t.dtype}{f' {t.layout}' * bool(t.layout)}"
-            for t in entry.inputs
-        )
-        outs = ", ".join(f"{t.name} {shape_words(t.shape, t.dynamic)} {t.dtype}" for t in entry.outputs)
+        ins, outs = (_tensors(side) for side in (entry.inputs, entry.outputs))
         facts.add_row(f"  entry {escape(name)}", escape(f"{entry.file}: {ins} -> {outs}"))
         nodes = info.facts.get("entries", {}).get(name, {}).get("nodes", {})
         if nodes:
@@ -92,12 +117,12 @@ def _details(out: Console, info: ArtifactInfo, which: str) -> None:
     """Numbers by golden sample, then what stayed as it was and what lint found, with modules."""
     from rich.markup import escape
 
-    from edgeattn.cli._show import numerics_rows, table
+    from edgeattn.cli._show import numerics_rows, table, worst_rows
 
     out.print()
     columns = (f"numbers against the reference{which}", "output", "relative L2", "max abs", "SQNR", "cosine")
     rows = table(*columns, "not finite")
-    for row in numerics_rows(info.numerics):
+    for row in worst_rows(numerics_rows(info.numerics)):
         rows.add_row(*(escape(cell) for cell in row))
     out.print(rows)
     for name, entry in info.facts.get("entries", {}).items():

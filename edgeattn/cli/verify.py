@@ -24,7 +24,7 @@ def command(bundle: str, device: str | None, score: bool, as_json: bool) -> None
     import json
 
     from edgeattn.bundle import Bundle
-    from edgeattn.cli._show import console, numerics_rows, table
+    from edgeattn.cli._show import console, numerics_rows, table, worst_rows
 
     opened = Bundle.open(bundle)
     if score:
@@ -42,7 +42,7 @@ def command(bundle: str, device: str | None, score: bool, as_json: bool) -> None
         return
     out = console()
     rows = table("golden", "output", "relative L2", "max abs", "SQNR", "cosine", "not finite", right=("relative L2",))
-    for row in numerics_rows(numerics):
+    for row in worst_rows(numerics_rows(numerics)):
         rows.add_row(*row)
     out.print(rows)
     out.print()

@@ -84,6 +84,7 @@ def _decoder(job: Job, records: Mapping[str, Record]) -> DecoderInfo | None:
         stop=tuple(tokenizer.stop_tokens(folder)),
         tokenizer=tokenizer.FILE,
         chat_template=tokenizer.chat_template(folder),
+        special_tokens=tokenizer.special_tokens(folder),
         borrowed=resolved.checkpoint is None or Path(resolved.checkpoint) != folder,
     )
 

@@ -23,7 +23,8 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 24px auto; max-width: 900px; padding: 0 16px; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
+body {{ margin: 24px auto; max-width: 900px; padding: 0 16px; }}
 svg {{ max-width: 100%; height: auto; }}
 h1 {{ font-size: 22px; margin: 0 0 4px; }}
 p {{ margin: 4px 0 12px; }}
@@ -62,7 +63,7 @@ def _text(x: float, y: float, text: str, more: str = "") -> str:
 
 
 def picture(found: Sparsity) -> str:
-    """A bar for each activation, an SVG image: zeros, among them units that are never used, and the range over rows."""
+    """A bar for each activation, an SVG image: zeros, units among them that are never used, the range over rows."""
     sites = found.sites[:BARS]
     bottom = _TOP + _ROW * len(sites)
     size = (_LEFT + _WIDTH + _RIGHT, bottom + 64)
@@ -111,10 +112,7 @@ def page(found: Sparsity) -> str:
     """The picture, what it is worth, and the figures as a table."""
     title = f"{found.title}: exact zeros behind each ReLU"
     cut = f"; the picture has the first {BARS} of {len(found.sites)}" if len(found.sites) > BARS else ""
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{found.zeros:.1%} on average, on {escape(found.data)}{cut}</p>",
-    ]
+    body = [f"<h1>{escape(title)}</h1>", f"<p>{found.zeros:.1%} on average, on {escape(found.data)}{cut}</p>"]
     if found.random:
         body.append('<p class="random">The weights are random: a trained model has other zeros.</p>')
     body.append(picture(found))

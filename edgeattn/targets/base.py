@@ -384,6 +384,16 @@ class Target(ABC):
                 raise unknown(f"choice of option {name}", choice, self.options[name], where=where)
         return {name: options.get(name, choices[0]) for name, choices in self.options.items()}
 
+    def settle_decoder(
+        self, settled: Mapping[str, str], asked: Mapping[str, str], device: Device | None, precision: str
+    ) -> dict[str, str]:
+        """Settled options for a decoder with a cache; ``asked`` are those that were not left to the target.
+
+        Raises:
+            UsageError: a decoder cannot have one of them, or the precision.
+        """
+        return dict(settled)
+
     @abstractmethod
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """Distributions whose versions decide what ``lower`` writes."""

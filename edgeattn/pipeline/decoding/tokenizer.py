@@ -34,9 +34,16 @@ def stop_tokens(folder: Path) -> list[int]:
         found += [n for n in (given if isinstance(given, list) else [given]) if isinstance(n, int)]
     own = _read(folder / FILE).get("added_tokens", [])
     known = {t["content"]: t["id"] for t in own if isinstance(t, dict) and {"content", "id"} <= set(t)}
-    eos = _read(folder / "tokenizer_config.json").get("eos_token")
-    names = [eos.get("content") if isinstance(eos, dict) else eos, "<|im_end|>", "<|endoftext|>"]
+    names = [special_tokens(folder).get("eos_token"), "<|im_end|>", "<|endoftext|>"]
     return sorted({*found, *(known[name] for name in names if name in known)})
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of the tokens that have a part of their own, such as ``eos_token``."""
+    given = _read(folder / "tokenizer_config.json")
+    named = {key: value for key, value in given.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def chat_template(folder: Path) -> str:

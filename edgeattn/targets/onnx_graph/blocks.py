@@ -27,9 +27,9 @@ def packed(rows: Array, bits: int, group: int) -> tuple[Array, Array]:
     """Rows (N, K) as MatMulNBits wants them: uint8 (N, blocks, bytes of a block), and scales (N, blocks)."""
     integers, scales = round_rows(rows, bits, group)
     count, blocks = rows.shape[0], scales.shape[1]
-    padded = np.zeros((count, blocks * group), np.int16)
+    padded = np.zeros((count, blocks * group), np.int8)
     padded[:, : rows.shape[1]] = integers
-    raised: Array = (padded + (1 << (bits - 1))).astype(np.uint8)
+    raised: Array = padded.view(np.uint8) + np.uint8(1 << (bits - 1))  # modulo 256, as it should be
     if bits == 4:
         raised = raised[:, 0::2] | (raised[:, 1::2] << 4)
     return raised.reshape(count, blocks, group * bits // 8), scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +165,19 @@ class OnnxRuntime:
         Raises:
             UsageError: unknown entry, or feeds whose names, shapes or dtypes differ from the entry's.
         """
+        check_feeds(entry_of(self._artifact, entry).inputs, feeds)
+        return self.opened(entry)(feeds)
+
+    def opened(self, entry: str) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+        """An entry to be called again and again: its session is made now, feeds are not compared with its inputs."""
         path = self._path(entry)
-        check_feeds(self._artifact.entries[entry].inputs, feeds)
         if path not in self._sessions:  # entries of one file share the session, and what it has packed
             # Else weights that only are stored small would be unpacked again at every run.
             unpacked = self._artifact.precision in ("w8", "w4")
             self._sessions[path] = _session(path, self._optimized, unpacked)
         session = self._sessions[path]
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
     def trace(
         self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing, UsageError, unknown
@@ -42,6 +42,8 @@ class TensorRTTarget(Target):
     dynamic: ClassVar[bool] = True
     keeps_wider: ClassVar[bool] = True
     half_activations: ClassVar[bool] = True
+    # Shapes that stay are what a CUDA graph can be made of, and what kernels are chosen for before the first step.
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "whole"
     tolerances: ClassVar[Mapping[str, float]] = TIGHT
     unproven: ClassVar[str] = "built and parsed; numbers verified on the typed graph; not run on a GPU"
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -13,10 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgeattn.capture import Entry, Program
+from edgeattn.capture import Caches, Entry, Program
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import TOLERANCES, Array, compare
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.onnx_graph.caches import half_caches
 from edgeattn.targets.onnx_graph.execute import module_of, outputs_of
 from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, tensors, tidy
 from edgeattn.targets.onnx_graph.files import save, weight_bytes
@@ -26,6 +27,7 @@ from edgeattn.targets.onnx_graph.weights import small_weights, weights_words
 from edgeattn.targets.tensorrt import FIRST_FP8, PORTABLE, RTX, TIGHT, modelopt
 from edgeattn.targets.tensorrt.engine import Builder, Profiles
 from edgeattn.targets.tensorrt.trtexec import Build, script
+from edgeattn.targets.tensorrt.weights import small_weights as decoder_weights
 
 #: Matrix products, which TensorRT for RTX does not have in float32 for compute capability 7.5.
 _PRODUCTS = ("MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
@@ -76,21 +78,26 @@ def _quantized(
     )
 
 
-def _small(model: ir.Model, plan: LowerPlan) -> dict[str, Any]:
+def _small(model: ir.Model, plan: LowerPlan, decoder: bool) -> dict[str, Any]:
     """Store weights in 8 or 4 bits, in place; the engine computes with them in float16.
 
     Raises:
         CheckFailed: there is none.
     """
     before = {str(w.node.name) for w in weighted(model)}
-    done = small_weights(model, plan.quant, standard=True)
+    if decoder:
+        done = decoder_weights(model, plan.quant, plan.options["flavour"])
+    else:
+        done = small_weights(model, plan.quant, standard=True)
     if not done:
         raise nothing_to_quantize(plan.precision)
     left = in_floats(model, before - {item["node"] for item in done})
     return {"numbers": weights_words(plan.quant), "operations": done, **left}
 
 
-def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str, Any]]:
+def _typed(
+    entry: Entry, name: str, plan: LowerPlan, decoder: Caches | None = None
+) -> tuple[ir.Model, dict[str, Any]]:
     """An entry in the plan's precision, and what is worth knowing of it."""
     model = export(entry)
     name_nodes(model)
@@ -100,13 +107,15 @@ def _typed(entry: Entry, name: str, plan: LowerPlan) -> tuple[ir.Model, dict[str
         return _noted(model, name, plan, note)
     references = [outputs_of(model, feeds) for feeds in plan.samples] if plan.precision in NUMBERS else []
     if plan.precision != "fp32":
-        model, kept = to_fp16(model, plan.samples, half_inside=True)
+        model, kept = to_fp16(model, plan.samples_of(name), half_inside=True)
         note["kept_in_fp32"] = [k.as_dict() for k in kept]
         plan.allow(note["kept_in_fp32"])
+        if decoder:
+            half_caches(model, [row for row, _ in decoder.rows])
     if plan.precision in NUMBERS:
         model, note["quantized"] = _quantized(model, references, plan)
     elif plan.quant.quantizes:
-        note["quantized"] = _small(model, plan)
+        note["quantized"] = _small(model, plan, decoder is not None)
     return _noted(model, name, plan, note)
 
 
@@ -213,7 +222,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     facts: dict[str, Any] = {}
     parsed: dict[str, tuple[Builder, Profiles]] = {}
     for name, entry in program.entries.items():
-        model, note = _typed(entry, name, plan)
+        model, note = _typed(entry, name, plan, program.decoder)
         for compute in computes:
             _check_compute(model, plan, compute)
         file = "model.onnx" if name == "main" else f"{name}.onnx"

@@ -117,6 +117,11 @@ def is_constant(model: Any, graph: Any, tensor: int) -> bool:
     return tensor >= 0 and data is not None and len(data) > 0
 
 
+def digest(data: Any) -> bytes:
+    """Of a constant's bytes, by which the same ones are found again."""
+    return hashlib.sha256(bytes(data)).digest()
+
+
 def largest(model: Any, tensor: Any) -> float:
     """The largest magnitude in a constant of float32."""
     return float(np.abs(np.frombuffer(bytes(model.buffers[tensor.buffer].data), np.float32)).max())
@@ -167,7 +172,7 @@ def share_weights(model: Any) -> int:
             if data is None or not len(data) or tensor.isVariable:
                 continue
             if tensor.buffer not in moved:
-                moved[tensor.buffer] = kept.setdefault(hashlib.sha256(bytes(data)).digest(), tensor.buffer)
+                moved[tensor.buffer] = kept.setdefault(digest(data), tensor.buffer)
             tensor.buffer = moved[tensor.buffer]
     saved = 0
     for number, first in moved.items():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
 
+from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.edit import Builder, shape_of
 
 aten = torch.ops.aten
@@ -41,12 +40,7 @@ def lookups(module: fx.GraphModule) -> int:
     return count
 
 
-def digest(data: Any) -> bytes:
-    """Of a tensor's bytes, by which it is found again in a flatbuffer."""
-    return hashlib.sha256(bytes(data)).digest()
-
-
 def computed_tables(buffers: Iterable[torch.Tensor]) -> frozenset[bytes]:
     """Digests of the matrices of floats among a model's buffers: they are no weights, and keep all their digits."""
     found = (b.detach().contiguous() for b in buffers if b.ndim == 2 and b.is_floating_point())
-    return frozenset(digest(b.float().numpy().tobytes()) for b in found)
+    return frozenset(flatbuffer.digest(b.float().numpy().tobytes()) for b in found)

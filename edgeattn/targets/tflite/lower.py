@@ -21,9 +21,9 @@ from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.fp16 import to_fp16
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.lint import lint_flatbuffer
-from edgeattn.targets.tflite.lookups import lookups
+from edgeattn.targets.tflite.lookups import computed_tables, lookups
 from edgeattn.targets.tflite.matmul import matmuls, whole_inputs
-from edgeattn.targets.tflite.modules import marked, modules, note_outputs, paths_in, put_last_first
+from edgeattn.targets.tflite.modules import MARK, mark_outputs, marked, modules, note_outputs, paths_in, put_last_first
 from edgeattn.targets.tflite.pools import plain_pools
 from edgeattn.targets.tflite.quantize import quantize
 from edgeattn.targets.tflite.versions import too_new
@@ -57,10 +57,34 @@ def _path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _mark(module: fx.GraphModule) -> None:
-    """Have the converter name tensors by the full path of their torch module; of its own it leaves parts out."""
-    for node in module.graph.nodes:
-        node.meta["nn_module_stack"] = {"": ("", marked(_path(node)))}
+def _owners(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Path of the module whose weights an operation reads, of those that read the weights of one."""
+    constant: dict[fx.Node, set[str]] = {}
+    found = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant[node] = {str(node.target).rpartition(".")[0]}
+        elif node.op == "call_function":
+            inputs = node.all_input_nodes
+            read = set().union(*(constant.get(each, set()) for each in inputs))
+            if len(read) == 1:
+                found[node] = next(iter(read))
+            if inputs and all(each in constant for each in inputs):
+                constant[node] = read
+    return found
+
+
+def _mark(module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Have the converter name tensors by the full path of their torch module; of its own it leaves parts out.
+
+    Returns:
+        The mark of every node.
+    """
+    owners = _owners(module.graph)
+    marks = {node: marked(_path(node), owners.get(node, "")) for node in module.graph.nodes}
+    for node, mark in marks.items():
+        node.meta["nn_module_stack"] = {"": ("", mark)}
+    return marks
 
 
 def _check_size(program: Program) -> None:
@@ -95,7 +119,8 @@ class _Prepared:
         inputs: examples. images: the numbers of those that have their channels last.
         rewritten: projections that need no transpose any more.
         came_from: the torch module of each output, by the recipe's name.
-        places: where each module's operations stand in the graph.
+        marks: of the outputs, see ``marked``. places: where each mark's operations stand in the graph.
+        tables: see ``computed_tables``.
     """
 
     module: fx.GraphModule
@@ -103,7 +128,9 @@ class _Prepared:
     images: frozenset[int]
     rewritten: int
     came_from: dict[str, str]
+    marks: list[str]
     places: dict[str, list[int]]
+    tables: frozenset[bytes]
 
 
 def _prepare(entry: Entry, layout: str) -> _Prepared:
@@ -123,11 +150,13 @@ def _prepare(entry: Entry, layout: str) -> _Prepared:
     came_from = {
         name: _path(node) for name, node in zip(entry.outputs, returned, strict=True) if isinstance(node, fx.Node)
     }
+    marks = _mark(module)
     places: dict[str, list[int]] = {}
-    for place, node in enumerate(module.graph.nodes):
-        places.setdefault(_path(node), []).append(place)
-    _mark(module)
-    return _Prepared(module, tuple(inputs), images, rewritten, came_from, places)
+    for place, mark in enumerate(marks.values()):
+        places.setdefault(mark.strip(MARK), []).append(place)
+    given = [marks[node] if isinstance(node, fx.Node) else marked("") for node in returned]
+    tables = computed_tables(module.buffers())
+    return _Prepared(module, tuple(inputs), images, rewritten, came_from, given, places, tables)
 
 
 def _convert(program: Program, prepared: Mapping[str, _Prepared]) -> bytes:
@@ -231,6 +260,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     model = flatbuffer.read(_convert(program, prepared))
     for name, one in prepared.items():
         put_last_first(model, name, one.places)
+        mark_outputs(model, name, one.marks)
     flatbuffer.distinct_names(model)
     matmuls(model)
     whole_inputs(model)
@@ -239,10 +269,11 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     quantized: dict[str, dict[str, Any]] = {}
     if plan.precision != "fp32":
         would_do = "" if any(too_new(model, name) for name in program.entries) else "fp32"
+    tables = frozenset().union(*(one.tables for one in prepared.values()))
     if plan.precision == "fp16":
-        to_fp16(model)
+        to_fp16(model, plan.runtime, tables)
     elif plan.precision != "fp32":
-        model, quantized = quantize(model, plan, inputs)
+        model, quantized = quantize(model, plan, inputs, tables)
     for name, entry in program.entries.items():
         flatbuffer.rename(model, name, entry.inputs, entry.outputs)
         note_outputs(model, name, prepared[name].came_from)

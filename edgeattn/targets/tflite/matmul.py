@@ -113,9 +113,9 @@ def whole_inputs(model: Any) -> int:
             if not found or flatbuffer.operator_name(model, operator) != "BATCH_MATMUL":
                 continue
             operator.inputs = [whole.get(int(t), int(t)) for t in operator.inputs]
-            made = _shape(graph, operator.outputs[0])
-            if len(made) == 2:
-                after[place] = _reshaped(model, graph, operator, [1, *made])
+            shape = _shape(graph, operator.outputs[0])
+            if len(shape) == 2:
+                after[place] = _reshaped(model, graph, operator, [1, *shape])
             count += len(found)
         graph.operators = [
             o

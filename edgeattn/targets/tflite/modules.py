@@ -1,7 +1,8 @@
 """Which torch module each tensor of a .tflite file came from.
 
 The converter derives a tensor's name from where its operation stood in the model. ``lower`` has it write the full path
-of the module between two marks; operations that are fused into one leave all their marks, in alphabetical order.
+of the module between two marks; operations that are fused into one leave all their marks, in alphabetical order. An
+operation whose weights belong to another module, as to one whose forward does not run, notes that one as well.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from edgeattn.targets.tflite import flatbuffer
 
 #: Around a path.
 MARK = "|"
+#: Between the module that an operation is part of and the one that its weights belong to.
+_OF = ">"
 
 _MARKED = re.compile(f"{re.escape(MARK)}([^{MARK};\\s]*){re.escape(MARK)}")
 
 
-def marked(path: str) -> str:
-    """A path between its marks."""
-    return f"{MARK}{path}{MARK}"
+def marked(path: str, owner: str = "") -> str:
+    """A path between its marks.
+
+    Args:
+        owner: path of the module that the operation's weights belong to, if it is known.
+    """
+    return f"{MARK}{path}{_OF + owner if owner not in ('', path) else ''}{MARK}"
 
 
 def paths_in(text: str) -> list[str]:
-    """All that stand between marks in a name or in a converter's message."""
-    return _MARKED.findall(text)
+    """The paths of all that stands between marks in a name or in a converter's message."""
+    return [found.partition(_OF)[0] for found in _MARKED.findall(text)]
 
 
 def _last(paths: Sequence[str], places: Mapping[str, Sequence[int]]) -> str:
@@ -37,7 +44,8 @@ def _last(paths: Sequence[str], places: Mapping[str, Sequence[int]]) -> str:
     closest together.
 
     Args:
-        places: where each module's operations stand in the captured graph, in order.
+        paths: all that stands between two marks. places: where the operations of each stand in the captured graph, in
+            order.
     """
     found: list[tuple[int, str]] = []
     for path in paths:
@@ -58,11 +66,19 @@ def put_last_first(model: Any, entry: str, places: Mapping[str, Sequence[int]]) 
     """
     item = flatbuffer.signature(model, entry)
     for tensor in model.subgraphs[item.subgraphIndex].tensors:
-        paths = list(dict.fromkeys(paths_in(flatbuffer.text(tensor.name))))
-        if len(paths) > 1:
-            last = _last(paths, places)
-            names = [last, *(path for path in paths if path != last)]
-            tensor.name = ";".join(map(marked, names)).encode()
+        found = list(dict.fromkeys(_MARKED.findall(flatbuffer.text(tensor.name))))
+        if len(found) > 1:
+            last = _last(found, places)
+            tensor.name = ";".join(map(marked, [last, *(each for each in found if each != last)])).encode()
+
+
+def mark_outputs(model: Any, entry: str, marks: Sequence[str]) -> None:
+    """Name the tensors of the outputs, in order, which the converter gives names of its own, as it does the others."""
+    item = flatbuffer.signature(model, entry)
+    tensors, numbered = model.subgraphs[item.subgraphIndex].tensors, flatbuffer.numbered(item.outputs)
+    for place, mark in enumerate(marks):
+        if numbered[place].tensorIndex not in {one.tensorIndex for one in item.inputs}:
+            tensors[numbered[place].tensorIndex].name = mark.encode()
 
 
 def note_outputs(model: Any, entry: str, came_from: Mapping[str, str]) -> None:
@@ -89,5 +105,9 @@ def module_of_weights(graph: Any, operator: Any, output: str) -> str:
     Args:
         output: the path for the output, which it is where modules share their weights.
     """
-    own, fused = (paths_in(flatbuffer.text(graph.tensors[i].name)) for i in (operator.inputs[1], operator.outputs[0]))
+    weights, made = (flatbuffer.text(graph.tensors[i].name) for i in (operator.inputs[1], operator.outputs[0]))
+    noted: list[str] = [found.partition(_OF)[2] for found in _MARKED.findall(made) if _OF in found]
+    if noted:
+        return noted[0]
+    own, fused = paths_in(weights), paths_in(made)
     return next((path for path in own if path in fused or not fused), output)

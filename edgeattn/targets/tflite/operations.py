@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +115,8 @@ def _how(
 ) -> How | None:
     """See ``Operation.how``.
 
-    int4 weights are FULLY_CONNECTED's alone, which 1x1 convolutions become; others are int8. Measured of LiteRT 2.3.0
-    on ``fmvit-digits``, x86-64, a thread:
+    int4 weights are FULLY_CONNECTED's alone, which 1x1 convolutions become, and those of EMBEDDING_LOOKUP, whose own
+    kernel reads blocks right; others are int8. Measured of LiteRT 2.3.0 on ``fmvit-digits``, x86-64, a thread:
 
     =================================================== ========= =============== ============
     int4 weights of                                     XNNPACK   without it      ms, fp32 = 1
@@ -135,18 +136,18 @@ def _how(
         return None
     if scheme.data == 8 and kind in STATIC and not at_the_end:
         return How(8, MEASURED)
-    if scheme.weights == 4 and kind == "FULLY_CONNECTED":
+    if scheme.weights == 4 and (kind == "FULLY_CONNECTED" or (kind == "EMBEDDING_LOOKUP" and len(weights) == 2)):
         block = _block(weights[-1], scheme.group)
         if not block or largest / 7 >= LEAST_SCALE:
             return How(4, OWN, block)
     return _eight(kind, runtime)
 
 
-def operations(model: Any, plan: QuantPlan, runtime: str) -> list[Operation]:
-    """All in a float32 model whose second input is constant, in order.
+def operations(model: Any, plan: QuantPlan, runtime: str, tables: Collection[bytes] = ()) -> list[Operation]:
+    """All in a float32 model whose second input is constant and holds weights, in order.
 
     Args:
-        runtime: that the file is made for.
+        runtime: that the file is made for. tables: see ``computed_tables``.
     """
     found = []
     for item in model.signatureDefs:
@@ -155,6 +156,9 @@ def operations(model: Any, plan: QuantPlan, runtime: str) -> list[Operation]:
         for operator in graph.operators:
             kind = flatbuffer.operator_name(model, operator)
             if kind not in WEIGHTED or not flatbuffer.is_constant(model, graph, operator.inputs[1]):
+                continue
+            stored = graph.tensors[operator.inputs[1]].buffer
+            if kind == "EMBEDDING_LOOKUP" and flatbuffer.digest(model.buffers[stored].data) in tables:
                 continue
             output = int(operator.outputs[0])
             module = module_of_weights(graph, operator, paths[output])

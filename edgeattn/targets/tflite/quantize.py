@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,12 +151,13 @@ def _refuse(plan: LowerPlan) -> None:
 
 
 def quantize(
-    model: Any, plan: LowerPlan, inputs: Mapping[str, Sequence[Tensor]]
+    model: Any, plan: LowerPlan, inputs: Mapping[str, Sequence[Tensor]], tables: Collection[bytes] = ()
 ) -> tuple[Any, dict[str, dict[str, Any]]]:
     """The model in the plan's precision, and what is worth knowing of each entry.
 
     Args:
         model: in float32, fresh from the converter. inputs: of every entry, see ``ranges.measure``.
+        tables: see ``computed_tables``.
 
     Raises:
         ConversionFailed: the quantizer cannot take it, or the runtime would compute it wrong.
@@ -165,7 +166,7 @@ def quantize(
     _refuse(plan)
     quant = plan.quant if plan.quant.quantizes else QuantPlan(plan.precision)
     _connect(model, quant)
-    found = operations(model, quant, plan.runtime)
+    found = operations(model, quant, plan.runtime, tables)
     chosen = [operation for operation in found if operation.how is not None]
     if not chosen:
         raise CheckFailed(

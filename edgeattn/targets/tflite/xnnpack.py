@@ -66,6 +66,8 @@ def falls_off(model: Any, entry: str, data: bytes) -> list[tuple[str, str]]:
 def check_blocks(model: Any, entry: str, data: bytes) -> None:
     """Whether XNNPACK multiplies all weights that have scales for blocks; LiteRT's own kernel ignores those scales.
 
+    That of EMBEDDING_LOOKUP, which multiplies nothing, knows them.
+
     Raises:
         ConversionFailed: names the modules of those that it leaves.
     """
@@ -81,7 +83,8 @@ def check_blocks(model: Any, entry: str, data: bytes) -> None:
     wrong = {
         module_of_weights(graph, operator, paths[operator.outputs[0]])
         for operator in _outside(model, entry, data)
-        if any(index >= 0 and blocks(graph.tensors[index]) for index in operator.inputs)
+        if flatbuffer.operator_name(model, operator) != "EMBEDDING_LOOKUP"
+        and any(index >= 0 and blocks(graph.tensors[index]) for index in operator.inputs)
     }
     if wrong:
         raise ConversionFailed(
