@@ -18,12 +18,15 @@ from gguf.tensor_mapping import get_tensor_name_map
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
+import edgeattn
+from edgeattn import recipe as recipes
 from edgeattn.capture import Program, capture
 from edgeattn.capture.decoder import caches_of, capture_decoder
 from edgeattn.core import tools
 from edgeattn.core.errors import ConversionFailed, ToolchainMissing, UsageError
 from edgeattn.core.numerics import compare
 from edgeattn.core.specs import StepShape
+from edgeattn.models.build import build
 from edgeattn.models.layers.mla import AbsorbedAttention
 from edgeattn.models.plm import PLM, PLMConfig, interleaved, plm
 from edgeattn.quant.plan import QuantPlan
@@ -589,6 +592,51 @@ def test_llama_cpp_computes_what_our_runtime_does(llama, tmp_path, program) -> N
         assert numerics.relative_l2 < most, name
         assert kl(ours, theirs) < nats, name
         assert numerics.top1_agreement >= same, name
+
+
+#: Of the trained model: perplexity over the float32 reference's at most, relative L2 and KL from our runtime at most.
+TRAINED = {
+    ("fp16", "q4_0"): (1.005, 3e-4, 1e-6),
+    ("w8", "q4_0"): (1.02, 5e-3, 1e-4),
+    ("w4", "q4_0"): (1.1, 5e-3, 1e-4),
+    ("w4", "q4_k"): (1.1, 9e-3, 3e-4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "blocks"), TRAINED)
+def test_the_trained_model_holds_under_llama_cpp(llama, tmp_path, precision, blocks) -> None:
+    bundle = edgeattn.export("plm-tiny", "gguf", precision, output=tmp_path, options={"blocks": blocks})
+    text = (ROOT / "recipes/data/plm-tiny-heldout.txt").read_text(encoding="utf-8")
+    ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text).ids[:400]
+    said = ask(llama, [(bundle.path / "model.gguf", precision)], ids, [text[:3000]])
+    assert said["ids"] == [Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text[:3000]).ids]
+    theirs = np.load(bundle.path / "model.gguf.npy")[0].astype(np.float64)
+    (bundle.path / "model.gguf.npy").unlink()
+    ours = TARGET.open(bundle.artifact()).logits(np.array([ids]))[0].astype(np.float64)
+    resolved = recipes.resolve("plm-tiny")
+    with torch.no_grad():
+        reference = build(resolved).model.eval()(torch.tensor([ids]))[0].numpy().astype(np.float64)
+
+    def surprise(logits: np.ndarray) -> float:
+        each = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        return float(-each[np.arange(len(ids) - 1), ids[1:]].mean())
+
+    ratio, most, nats = TRAINED[precision, blocks]
+    print(precision, blocks, np.exp(surprise(theirs) - surprise(reference)), compare(ours, theirs), kl(ours, theirs))
+    assert np.exp(surprise(theirs) - surprise(reference)) <= ratio
+    assert compare(ours, theirs).relative_l2 < most
+    assert kl(ours, theirs) < nats
+    done = subprocess.run(
+        [sys.executable, str(bundle.path / "run.py")],
+        env=llama,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "holds under llama-cpp-python" in done.stdout
 
 
 @pytest.mark.slow
