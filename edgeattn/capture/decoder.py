@@ -12,7 +12,7 @@ from edgeattn.capture.export import ModulePath, conversion_failed, forget_paths
 from edgeattn.capture.program import Caches, Entry, Program
 from edgeattn.core.errors import EdgeAttnError
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION, StepShape, new_name
-from edgeattn.models.decoder import Decoder, Step
+from edgeattn.models.decoder import Decoder, as_step
 
 
 def caches_of(model: Decoder, context: int) -> Caches:
@@ -39,7 +39,7 @@ def _export(
     """
     assert isinstance(model, Decoder)
     with_last = shape.tokens > 1 and not shape.dynamic
-    step, path = Step(model, with_last).eval(), ModulePath()
+    step, path = as_step(model, with_last), ModulePath()
     # Sizes that differ from each other, from 1 and from the largest: torch.export takes equal ones for the same.
     sizes = (5, 7) if shape.dynamic else (shape.tokens, shape.cached)
     example, dims = _example(caches, *sizes, with_last), None

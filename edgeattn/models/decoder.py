@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -46,16 +47,25 @@ class Decoder(Protocol):
         ...
 
 
-class Step(nn.Module):
-    """A decoder's step as an entry: ids, position, ``last`` where there are several tokens of fixed number, cache."""
+def as_step(model: nn.Module, with_last: bool) -> nn.Module:
+    """A decoder whose forward is one step: (ids, position, [last], *cache) -> (logits, *new rows).
 
-    def __init__(self, model: Decoder, with_last: bool) -> None:
-        super().__init__()
-        self.model = model
-        self._with_last = with_last
+    It has the modules and parameters of ``model`` under the same paths, which graphs and messages name.
 
-    def forward(self, ids: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """Logits (1, vocabulary) and the new rows."""
-        last, cache = (rest[0], rest[1:]) if self._with_last else (None, rest)
-        logits, rows = self.model.step(ids, position, cache, last)
-        return (logits, *rows)
+    Args:
+        with_last: ``last`` is an input, as where there are several tokens of fixed number.
+    """
+
+    class Step(type(model)):  # type: ignore[misc]
+        def forward(self, ids: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            last, cache = (rest[0], rest[1:]) if with_last else (None, rest)
+            logits, rows = self.step(ids, position, cache, last)
+            return (logits, *rows)
+
+    step = copy.copy(model)
+    step.__class__ = Step
+    return step
+
+
+#: As ``as_step`` was called before.
+Step = as_step

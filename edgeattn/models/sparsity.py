@@ -28,8 +28,16 @@ _RELUS: dict[Any, int | None] = {
     aten.clamp_min: 1,
     aten.clamp_min_: 1,
 }
-#: Products of which a matrix may be a weight.
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.convolution}
+#: Products, and which of their arguments may be a weight; the first one of some is a bias.
+_PRODUCTS: dict[Any, slice] = {
+    aten.mm: slice(2),
+    aten.bmm: slice(2),
+    aten.mv: slice(2),
+    aten.addmm: slice(1, 3),
+    aten.baddbmm: slice(1, 3),
+    aten.addmv: slice(1, 3),
+    aten.convolution: slice(1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
         if packet in _PRODUCTS:
-            self.multiplied |= {_place(x) for x in args if isinstance(x, Tensor)} & self.parameters.keys()
+            self.multiplied |= {_place(x) for x in args[_PRODUCTS[packet]]} & self.parameters.keys()
         elif out.is_floating_point() and _from_zero(_RELUS[packet], args, kwargs):
             if self._running[-1].plain:
                 self._running[-1].rectifies = True

@@ -7,7 +7,7 @@ far the two are apart is the error of the operations in between alone, not what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,17 +198,24 @@ def compare_sides(a: Side, b: Side, feeds: Mapping[str, Array], limit: float) ->
     return found
 
 
-def first_divergence(context: Context, runtime: Runtime, inputs: Sequence[Tensor], feeds: dict[str, Array]) -> str:
+def first_divergence(
+    context: Context,
+    runtime: Runtime,
+    inputs: Sequence[Tensor],
+    feeds: dict[str, Array],
+    entry: str = "main",
+    form: Callable[[Any], Any] = lambda model: model,
+) -> str:
     """Names the first module of the deploy form whose output the artifact no longer gives, in words.
 
     Args:
-        inputs: of the artifact's entry. feeds: of the model.
+        inputs: of the artifact's ``entry``. feeds: of the model. form: what of the deploy form the entry computes.
     """
-    model: Any = context.value("reparameterize")
+    model: Any = form(context.value("reparameterize"))
     given = [Tensor(name, value.shape, str(value.dtype)) for name, value in feeds.items()]
     tolerance = targets.get(context.job.target).tolerance(context.job.precision)
     outputs = tuple(context.results["reference"].facts["outputs"])
-    artifact = ArtifactSide("the artifact", runtime, inputs, outputs)
+    artifact = ArtifactSide("the artifact", runtime, inputs, outputs, entry)
     found = compare_sides(TorchSide("the deploy form", model, given, outputs), artifact, feeds, tolerance)
     if found.first is None:
         return "no single module: the error builds up over the whole graph"

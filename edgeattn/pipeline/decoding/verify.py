@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from edgeattn import targets
 from edgeattn.bundle.runner_generate import Session
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array, Numerics, compare
+from edgeattn.core.specs import LAST
+from edgeattn.models.decoder import as_step
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.decoding.samples import Text, golden
+from edgeattn.pipeline.diverge import first_divergence
 from edgeattn.pipeline.stages.lower import artifact_of
 from edgeattn.targets.base import Artifact, Runtime, own_feeds
 
@@ -76,7 +80,8 @@ def _entries(
     if failed and (alone := _rounding_alone(context, text) * BEYOND_ROUNDING) > bounds.l2:
         warnings.append(
             f"the weights are random, and amplify rounding: rounding alone, in PyTorch, is "
-            f"{alone / BEYOND_ROUNDING:.2g} off; the artifact was held to {BEYOND_ROUNDING:g} times that. It says nothing of a trained model"
+            f"{alone / BEYOND_ROUNDING:.2g} off; the artifact was held to {BEYOND_ROUNDING:g} times that. It says "
+            "nothing of a trained model"
         )
         bounds = replace(bounds, l2=alone)
         failed = _failed(numerics, bounds)
@@ -84,12 +89,15 @@ def _entries(
         # Rows of layer i come before everything of layer i + 1, and logits last: the first that is off is the first.
         order = {t.name: i for e in artifact.entries.values() for i, t in enumerate((*e.outputs[1:], e.outputs[0]))}
         name, output, worst = min(failed, key=lambda f: order[f[1]])
-        why = f"tolerance is a relative L2 of {bounds.l2:g} for {bounds.precision}"
+        context.say("the numbers do not hold; looking for the module at which they diverge first")
+        sample = next(s for s in golden(text, context.job.steps) if s.name == name)
+        inputs = artifact.entries[sample.entry].inputs
+        form = partial(as_step, with_last=LAST in sample.feeds)
         raise _fail(
             bounds,
             f"{output} of {name}: relative L2 {worst.relative_l2:.3g}, {worst.nonfinite} values not finite",
-            f"entry {name.rpartition('-')[0]}",
-            why,
+            first_divergence(context, runtime, inputs, sample.feeds, sample.entry, form),
+            f"tolerance is a relative L2 of {bounds.l2:g} for {bounds.precision}",
         )
     plain = {f"{name} {AS_RUN}": {k: n.as_dict() for k, n in found.items()} for name, found in numerics.items()}
     return plain, bounds
