@@ -32,8 +32,11 @@ SCORED = "heldout.npz"
 _SCORE = {"run_score.py": RUNNER.with_name("runner_score.py")}
 #: What makes tokens with a decoder.
 _GENERATE = {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in ("generate", "prompt", "text")}
-#: What keeps its cache, by backend, where the runtime does not.
-_CACHE = {"tensorrt": {"run_cache.py": RUNNER.with_name("runner_cache.py")}}
+#: What keeps its cache, by backend, where that is not the caller.
+_CACHE = {
+    "tensorrt": {"run_cache.py": RUNNER.with_name("runner_cache.py")},
+    "tflite": {"run_steps.py": RUNNER.parents[1] / "targets" / "tflite" / "steps.py"},
+}
 
 
 @dataclass(frozen=True)

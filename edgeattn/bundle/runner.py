@@ -40,7 +40,7 @@ MODULES = {
     **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
 #: Backends whose part of this runner is a module of its own beside it, which uses this one as ``run``.
-PARTS = {name: f"run_{name}" for name in ("coreml", "tensorrt", "score", "prompt")}
+PARTS = {name: f"run_{name}" for name in ("coreml", "tensorrt", "score", "prompt", "steps")}
 PARTS["llama"] = "run_gguf"
 #: ONNX Runtime's sessions and TFLite's interpreters by file: the entries of one share it, and its weights.
 _OPENED: dict[str, Any] = {}
@@ -162,13 +162,11 @@ def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
     if (path := place(spec["file"])) not in _OPENED:
         _OPENED[path] = interpreter_of(model_path=path, num_threads=threads)
         _OPENED[path].allocate_tensors()
+    version = f"{name} {metadata.version(name)}"
+    if part.get("decoder"):
+        return own("steps").Steps(_OPENED[path], entry), version
     runner = _OPENED[path].get_signature_runner(entry)
-
-    def run(feeds: Data) -> Data:
-        outputs = runner(**feeds)
-        return {name: outputs[name] for name in names}
-
-    return run, f"{name} {metadata.version(name)}"
+    return lambda feeds: dict(sorted(runner(**feeds).items(), key=lambda made: names.index(made[0]))), version
 
 
 def fitted(part: Data, entry: str, feeds: Data) -> Data:

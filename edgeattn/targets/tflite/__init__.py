@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
@@ -28,6 +28,7 @@ class TFLiteTarget(Target):
     device_runtimes: ClassVar[tuple[str, ...]] = (LITERT, TFLITE_RUNTIME)
     layouts: ClassVar[tuple[str, ...]] = (NCHW, NHWC)
     asymmetric: ClassVar[bool] = True
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "buckets"
 
     def availability(self) -> Availability:
         """Found when every package is installed; the versions are the detail."""

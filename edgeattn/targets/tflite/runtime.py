@@ -13,6 +13,7 @@ from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.targets.base import Artifact, ArtifactEntry, Step, TraceValue, check_feeds, entry_of
 from edgeattn.targets.tflite.litert import interpreter
+from edgeattn.targets.tflite.steps import Steps
 
 
 class LiteRuntime:
@@ -32,15 +33,28 @@ class LiteRuntime:
             UsageError: unknown entry, or feeds whose names, shapes or dtypes differ from the entry's.
             CheckFailed: the runtime cannot load or run the file.
         """
-        path, found = self._path(entry), entry_of(self._artifact, entry)
+        found = entry_of(self._artifact, entry)
         check_feeds(found.inputs, feeds)
-        if path not in self._opened:
-            self._opened[path] = interpreter(path)
         try:
-            outputs = self._opened[path].get_signature_runner(entry)(**feeds)
+            outputs = self._interpreter(entry).get_signature_runner(entry)(**feeds)
         except (ValueError, RuntimeError) as error:
             raise CheckFailed("LiteRT cannot run the file", value=entry, why=str(error).splitlines()[0]) from error
         return {spec.name: np.array(outputs[spec.name]) for spec in found.outputs}
+
+    def opened(self, entry: str) -> Steps:
+        """A decoder's entry, whose cache can be written in place; see ``Steps``. ``run`` overwrites what is there.
+
+        Raises:
+            UsageError: unknown entry. CheckFailed: the runtime cannot load the file.
+        """
+        return Steps(self._interpreter(entry), entry)
+
+    def _interpreter(self, entry: str) -> Any:
+        """Of the entry's file."""
+        path = self._path(entry)
+        if path not in self._opened:
+            self._opened[path] = interpreter(path)
+        return self._opened[path]
 
     def trace(
         self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
