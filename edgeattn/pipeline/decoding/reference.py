@@ -15,11 +15,12 @@ from edgeattn.core.specs import LOGITS, new_name
 from edgeattn.models.build import Built
 from edgeattn.models.decoder import Decoder
 from edgeattn.pipeline.context import Context
-from edgeattn.pipeline.decoding.samples import BEFORE
 from edgeattn.recipe import DecoderSpec, Resolved
 
 #: Logits are kept of so many numbers at most (float32); of a large vocabulary not at every position.
 KEPT = 32_000_000
+#: Tokens before a golden sample that has something in its cache.
+BEFORE = 64
 #: Tokens before the greedy continuation begins.
 PROMPT = 32
 
@@ -122,9 +123,10 @@ def run(context: Context) -> dict[str, Any]:
             why=f"it takes {2 * longest} at least: a prefill, and as many tokens decoded after it",
         )
     ids = ids[:wanted]
-    kept = min(len(ids), spec.prefill[-1] + BEFORE)
+    before = min(BEFORE, spec.context // 4)
+    kept = min(len(ids), spec.prefill[-1] + before)
     # The ends of the golden samples: see ``samples.golden``.
-    ends = {0, BEFORE, *(n - 1 for n in spec.prefill), *(BEFORE + n - 1 for n in spec.prefill)}
+    ends = {start + n - 1 for start in (0, before) for n in (1, *spec.prefill)}
     at = _positions(len(ids), longest - 1, model.vocabulary, {i for i in ends if i < len(ids)})
     context.say(f"reference on {len(ids)} tokens of {data}")
     with torch.no_grad():
@@ -137,7 +139,8 @@ def run(context: Context) -> dict[str, Any]:
         greedy = _greedy(context, model, prompt, spec.greedy)
     names = [name for name, _ in model.cache_rows()]
     arrays: dict[str, Any] = {name: row[:kept].numpy() for name, row in zip(names, rows, strict=True)}
-    np.savez(context.out / "text.npz", ids=ids, at=at, logits=logits.numpy(), greedy=greedy, prompt=prompt, **arrays)
+    own = {"ids": ids, "at": at, "logits": logits.numpy(), "prompt": prompt, "greedy": greedy, "before": before}
+    np.savez(context.out / "text.npz", **(own | arrays))
     return {
         "data": data,
         "outputs": [LOGITS, *map(new_name, names)],

@@ -11,9 +11,6 @@ import numpy as np
 from edgeattn.core.numerics import Array
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION, StepShape, new_name
 
-#: Tokens before a golden sample that has something in its cache.
-BEFORE = 64
-
 
 @dataclass(frozen=True)
 class Text:
@@ -21,6 +18,7 @@ class Text:
 
     Attributes:
         ids: (T,). at: positions (M,) with logits (M, V). prompt and greedy: a continuation. rows: (K, width) by name.
+        before: (), tokens before a golden sample that has something in its cache.
     """
 
     ids: Array
@@ -28,13 +26,14 @@ class Text:
     logits: Array
     prompt: Array
     greedy: Array
+    before: Array
     rows: Mapping[str, Array]
 
     @staticmethod
     def load(folder: Path) -> Text:
         """Of a finished reference stage."""
         with np.load(folder / "text.npz", allow_pickle=False) as data:
-            own = {name: data[name] for name in ("ids", "at", "logits", "prompt", "greedy")}
+            own = {name: data[name] for name in ("ids", "at", "logits", "prompt", "greedy", "before")}
             return Text(**own, rows={name: data[name] for name in data.files if name not in own})
 
     def logits_at(self, position: int) -> Array:
@@ -79,6 +78,6 @@ def golden(text: Text, shapes: Sequence[StepShape]) -> list[Sample]:
     return [
         _sample(text, shape, start, number)
         for shape in shapes
-        for number, start in enumerate((0, BEFORE))
+        for number, start in enumerate((0, int(text.before)))
         if start < shape.cached and start + shape.tokens <= min(len(text.ids), len(next(iter(text.rows.values()))))
     ]
