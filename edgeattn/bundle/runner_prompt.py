@@ -15,12 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
-    from typing import Union
-
     from edgeattn.bundle.runner_generate import Session
     from edgeattn.bundle.runner_text import Numbers, Pieces
-
-    Shown = Union[Pieces, Numbers]
 if TYPE_CHECKING or __package__:
     from edgeattn.bundle import runner_text as words
 else:  # in a bundle
@@ -100,7 +96,7 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def tokens_of(decoder: Data, request: Request, place: Callable[[str], str]) -> tuple[list[int], Shown]:
+def tokens_of(decoder: Data, request: Request, place: Callable[[str], str]) -> tuple[list[int], Pieces | Numbers]:
     """The prompt's tokens, and what turns the new ones into what is printed.
 
     Args:
@@ -109,7 +105,7 @@ def tokens_of(decoder: Data, request: Request, place: Callable[[str], str]) -> t
     Raises:
         Refused: the prompt is empty, longer than the context, or none of this model's.
     """
-    shown: Shown = words.Numbers()
+    shown: Pieces | Numbers = words.Numbers()
     if request.ids is not None:
         ids = request.ids
     elif not decoder["tokenizer"]:
@@ -200,7 +196,7 @@ def generate(
     session: Session,
     decoder: Data,
     request: Request,
-    prompt: tuple[list[int], Shown],
+    prompt: tuple[list[int], Pieces | Numbers],
     write: Callable[[str], None],
     say: Callable[[str], None] = lambda text: None,
 ) -> Data:

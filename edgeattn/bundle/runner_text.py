@@ -101,7 +101,8 @@ def open_tokenizer(path: str) -> Any:
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # its exceptions are plain ones
-        raise Refused(1, "the tokenizer is damaged", os.path.basename(path), str(error), "copy the bundle again") from None
+        name = os.path.basename(path)
+        raise Refused(1, "the tokenizer is damaged", name, str(error), "copy the bundle again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -134,8 +134,8 @@ def families(names: Iterable[str]) -> list[tuple[str, list[str]]]:
         kinds.setdefault(stem if stem.endswith("_") and stem != name else name, []).append(name)
     found = []
     for stem, members in kinds.items():
-        few = len(members) < 3
-        found += [(name, [name]) for name in members] if few else [(f"{members[0]}..{members[-1][len(stem) :]}", members)]
+        together = [(f"{members[0]}..{members[-1][len(stem) :]}", members)]
+        found += together if len(members) > 2 else [(name, [name]) for name in members]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="The prompt is a question, put by the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option("--max-tokens", "-n", type=int, metavar="N", help="New tokens at most. [default: 256]")
-@click.option("--temperature", type=float, metavar="T", help="0 takes the most likely token. [default: 0, or see below]")
+@click.option("--temperature", type=float, metavar="T", help="0 takes the most likely token. [default: see below]")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens.")
 @click.option("--top-p", type=float, metavar="P", help="Draw from the fewest tokens that have P together.")
 @click.option("--seed", type=int, metavar="N", help="The same seed draws the same. [default: drawn, and shown]")
@@ -41,9 +42,9 @@ def command(
 ) -> None:
     """Make text behind a prompt with BUNDLE, on this machine or on a device.
 
-    The text alone goes to standard output, as it comes; figures go to standard error. A newline at the very end of a
-    prompt from standard input is left away. Without --temperature the most likely token is taken each time; with --top-k
-    or --top-p tokens are drawn at temperature 1. Ctrl-C ends the text, with exit code 130.
+    The text alone goes to standard output, as it comes; figures go to standard error. Of a prompt from standard input
+    the newline at its very end is left away. Without --temperature it is 0, and the most likely token is taken each
+    time; with --top-k or --top-p it is 1. Ctrl-C ends the text, with exit code 130.
 
     \b
       edgeattn generate plm-tiny.onnx.w4 --prompt "Return the"
@@ -74,7 +75,7 @@ def command(
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
-        click.echo()
+        _write("\n")
         for line in figures(result, opened.manifest.weights.kind == "random", timed):
             click.echo(line, err=True)
     if result["finish"] == "interrupted":
@@ -85,29 +86,34 @@ def _prompt(prompt: str | None, ids: str | None) -> str | None:
     """The prompt; from standard input for "-", and where there is none and nobody types."""
     from edgeattn.bundle.runner_text import read_prompt
 
-    if prompt == "-" or (prompt is None and ids is None and not sys.stdin.isatty()):
-        return read_prompt(click.get_binary_stream("stdin"))
+    typed = sys.stdin is None or sys.stdin.isatty()
+    if prompt == "-" or (prompt is None and ids is None and not typed):
+        return "" if sys.stdin is None else read_prompt(sys.stdin.buffer)
     return prompt
+
+
+def _write(text: str) -> None:
+    """To standard output at once, in UTF-8 whatever the terminal's language; where nobody reads on, that is the end."""
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _here(bundle: Bundle, request: Request, backend: str | None, quiet: bool) -> dict[str, Any]:
     from edgeattn.bundle.decoding import generate
     from edgeattn.bundle.runner_prompt import say
 
-    stream = click.get_text_stream("stdout", encoding="utf-8")
-
-    def write(piece: str) -> None:
-        if not quiet:
-            stream.write(piece)
-            stream.flush()
-
-    return generate(bundle, request, backend=backend, write=write, say=say)
+    return generate(bundle, request, backend=backend, write=(lambda piece: None) if quiet else _write, say=say)
 
 
 def _there(
     bundle: Bundle, device: str, request: Request, words: dict[str, Any], quiet: bool
 ) -> tuple[dict[str, Any], bool]:
-    """What the bundle's own ``run.py`` makes on a device, shown when it is whole; and whether its times mean something."""
+    """What the bundle's own ``run.py`` makes there, shown when it is whole; and whether its times mean something."""
     from edgeattn.cli._show import Status
     from edgeattn.profile.transports import open_transport
 
@@ -120,7 +126,5 @@ def _there(
         status.say(f"making tokens on {transport.url}")
         answer = transport.run(bundle.path, arguments, status.say)
     if not quiet:
-        click.get_text_stream("stdout", encoding="utf-8").write(
-            ",".join(map(str, answer["ids"])) if answer["text"] is None else answer["text"]
-        )
+        _write(",".join(map(str, answer["ids"])) if answer["text"] is None else answer["text"])
     return {"device": device, "emulated": transport.emulated, **answer}, not transport.emulated

@@ -75,9 +75,7 @@ def _tensors(tensors: Sequence[TensorInfo]) -> str:
     from edgeattn.cli._show import families
     from edgeattn.core.specs import shape_words
 
-    about = {
-        t.name: f"{shape_words(t.shape, t.dynamic)} {t.dtype}{f' {t.layout}' * bool(t.layout)}" for t in tensors
-    }
+    about = {t.name: f"{shape_words(t.shape, t.dynamic)} {t.dtype}{f' {t.layout}' * bool(t.layout)}" for t in tensors}
     words = []
     for label, names in families(about):
         alike = len({about[name] for name in names}) == 1
