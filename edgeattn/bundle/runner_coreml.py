@@ -40,15 +40,69 @@ RUNS = 100
 #: A step that takes longer than this has gone wrong, though the first load of a large model takes minutes. All steps of
 #: a profile together end before a transport gives up.
 LIMITS_S = {"compile": 110.0, "golden": 300.0, "measure": 300.0, "plan": 110.0}
+#: What a decoder's functions keep, by compute unit.
+STATES: dict[str, Data] = {}
 
 
-def predictor(part: Data, entry: str, model: Any) -> run.Run:
-    """From inputs as Core ML takes them to what it gives; states begin as zeros at every run."""
+def described(part: Data, entry: str) -> tuple[Any, str | None]:
+    """An entry's description in its package, and the function to ask for where that has several."""
     from coremltools.models.utils import load_spec
 
-    if load_spec(run.place(part["entries"][entry]["file"])).description.state:
+    description = load_spec(run.place(part["entries"][entry]["file"])).description
+    for function in description.functions:
+        if function.name == entry:
+            return function, entry
+    return description, None
+
+
+def predictor(part: Data, entry: str, model: Any, kept: Data | None = None) -> run.Run:
+    """From inputs as Core ML takes them to what it gives; states begin as zeros at every run.
+
+    Args:
+        kept: states of a decoder, from run to run and entry to entry.
+    """
+    description, function = described(part, entry)
+    names = [state.name for state in description.state]
+    if function and names:
+        return Steps(model, names, {} if kept is None else kept)
+    if names:
         return lambda given: model.predict(given, model.make_state())
     return lambda given: model.predict(given)
+
+
+class Steps:
+    """A function of a decoder's package, whose states hold the cache.
+
+    That functions of a package share one state is how coremltools' users and its guides have it; it was never tried
+    here. States that are among the feeds are put in place first, and the rows that were written to them given back.
+
+    Args:
+        names: of the states. kept: holds the state of all functions that are opened together, under "state".
+    """
+
+    stateful = True
+
+    def __init__(self, model: Any, names: list[str], kept: Data) -> None:
+        self._model, self._names, self._kept = model, names, kept
+
+    def reset(self) -> None:
+        """Begin with zeros again."""
+        self._kept.clear()
+
+    def __call__(self, given: Data) -> Data:
+        """Outputs by name."""
+        import numpy as np
+
+        if "state" not in self._kept:
+            self._kept["state"] = self._model.make_state()
+        state, fed = self._kept["state"], {name: given[name] for name in self._names if name in given}
+        for name, rows in fed.items():
+            state.write_state(name, np.ascontiguousarray(rows, np.float16))
+        own = {name: value for name, value in given.items() if name not in fed}
+        outputs = dict(self._model.predict(own, state))
+        begin, count = (int(own["position"][0]), own["ids"].shape[1]) if fed else (0, 0)
+        outputs.update({f"new_{name}": np.array(state.read_state(name))[:, begin : begin + count] for name in fed})
+        return outputs
 
 
 def prepared(part: Data, entry: str, feeds: Data) -> Data:
@@ -73,7 +127,7 @@ def arrays(part: Data, entry: str, outputs: Data) -> Data:
     """Outputs by name; a classifier's probabilities, which come by label and in any order, as a row (1, N)."""
     import numpy as np
 
-    found = {}
+    found = {name: value for name, value in outputs.items() if name.startswith("new_")}
     for name in (spec["name"] for spec in part["entries"][entry]["outputs"]):
         value = outputs[name]
         if isinstance(value, dict):
@@ -86,8 +140,11 @@ def open_entry(part: Data, entry: str, unit: str = "ALL") -> tuple[run.Run, str]
     """A function from inputs to outputs by name on a compute unit, and the runtime's name and version."""
     import coremltools as ct
 
-    path = run.place(part["entries"][entry]["file"])
-    predict = predictor(part, entry, ct.models.MLModel(path, compute_units=ct.ComputeUnit[unit]))
+    path, (_, function) = run.place(part["entries"][entry]["file"]), described(part, entry)
+    model = ct.models.MLModel(path, compute_units=ct.ComputeUnit[unit], function_name=function)
+    predict = predictor(part, entry, model, STATES.setdefault(unit, {}))
+    if isinstance(predict, Steps):
+        return predict, runtime()
     return lambda feeds: arrays(part, entry, predict(prepared(part, entry, feeds))), runtime()
 
 
@@ -148,9 +205,11 @@ def measure(
     """Load twice, compare the golden outputs, and where they hold time predictions on the first golden input."""
     import coremltools as ct
 
+    description, function = described(part, entry)
+
     def load() -> tuple[Any, float]:
         begun = time.perf_counter()
-        model = ct.models.CompiledMLModel(compiled, compute_units=ct.ComputeUnit[unit])
+        model = ct.models.CompiledMLModel(compiled, compute_units=ct.ComputeUnit[unit], function_name=function)
         return model, (time.perf_counter() - begun) * 1e3
 
     model, load_first_ms = load()
@@ -175,6 +234,8 @@ def measure(
         return {**result, "why": f"wrong numbers: relative L2 {far} on {golden['worst_at']}, allowed {allowed:g}"}
     feeds = run.golden_data(run.golden_samples(manifest, entry)[0][0])[0]
     given = prepared(part, entry, run.fitted(part, entry, feeds))
+    if isinstance(predict, Steps):  # a cache that is in its place already, as from the second step on
+        given = {name: value for name, value in given.items() if name not in {s.name for s in description.state}}
     return {**result, **run.timings(predict, given, runs, warmup, RUNS), "first_ms": first[0]}
 
 
@@ -187,7 +248,7 @@ def operations(block: Any) -> Iterator[Any]:
             yield from operations(inner)
 
 
-def plan(unit: str, compiled: str) -> Data:
+def plan(unit: str, compiled: str, function: str = "main") -> Data:
     """On which device Core ML means to run each operation, and what is not on the one that the unit asks for.
 
     Returns ``ops`` (their number by device; ``unplaced`` where the plan names none), ``fallback`` (their number by
@@ -202,7 +263,7 @@ def plan(unit: str, compiled: str) -> Data:
     ops: Counter[str] = Counter()
     fallback: Counter[str] = Counter()
     cost = dict.fromkeys(devices, 0.0)
-    for operation in operations(found.model_structure.program.functions["main"].block):
+    for operation in operations(found.model_structure.program.functions[function].block):
         usage = found.get_compute_device_usage_for_mlprogram_operation(operation)
         preferred = usage.preferred_compute_device if usage is not None else None
         device = next((name for name, kind in devices.items() if isinstance(preferred, kind)), "unplaced")
@@ -239,7 +300,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
     with tempfile.TemporaryDirectory(prefix="coreml-", dir=run.CACHE) as folder:
         compiled = os.path.join(folder, f"{options.entry}.mlmodelc")
         made = apart("compiling the package", do="compile", entry=options.entry, compiled=compiled)
-        units = [profile_unit(unit, options, compiled) for unit in UNITS]
+        function = described(part, options.entry)[1] or "main"
+        units = [profile_unit(unit, options, compiled, function) for unit in UNITS]
     if not any(unit["holds"] for unit in units):
         reasons = "; ".join(f"{unit['compute_unit']}: {unit['why']}" for unit in units)
         raise run.Problem(1, f"no compute unit could be measured: {reasons}", "see whether one in fp32 holds")
@@ -258,7 +320,7 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
     }
 
 
-def profile_unit(unit: str, options: argparse.Namespace, compiled: str) -> Data:
+def profile_unit(unit: str, options: argparse.Namespace, compiled: str, function: str) -> Data:
     """Measure a unit, then read its plan: in this order, for the plan may compile what the first load is to compile."""
     found: Data = {"compute_unit": unit}
     job = {"unit": unit, "compiled": compiled}
@@ -270,7 +332,7 @@ def profile_unit(unit: str, options: argparse.Namespace, compiled: str) -> Data:
     names = ("ops", "fallback", "fallback_ops_percent", "fallback_cost_percent", "plan_why")
     found.update(dict.fromkeys(names))
     try:
-        planned = apart("reading the plan", do="plan", **job)
+        planned = apart("reading the plan", do="plan", function=function, **job)
         found.update({name: planned[name] for name in names})
     except run.Problem as problem:
         found["plan_why"] = str(problem)

@@ -98,6 +98,37 @@ def make_mac(folder: Path, said: dict[str, Any] | None = None, hidden: tuple[str
     return Mac(folder)
 
 
+def make_decoder_bundle(folder: Path) -> Bundle:
+    """A bundle whose package holds the stand-in's ``small_decoder`` for one token and for four."""
+    rng = np.random.default_rng(0)
+    work = folder / "work"
+    (work / "golden").mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    for name, tokens in (("decode", 1), ("prefill_4", 4)):
+        inputs = [{"name": "ids", "shape": (1, tokens)}, {"name": "position", "shape": (1,)}]
+        inputs += [{"name": "last", "shape": (1,)}] if tokens > 1 else []
+        logits = {"name": "logits", "shape": (1, coreml_stand_in.VOCABULARY), "dtype": "float32"}
+        entries[name] = {
+            "file": "model.mlpackage",
+            "inputs": [spec | {"dtype": "int32"} for spec in inputs],
+            "outputs": [logits],
+        }
+        for number, begin in enumerate((0, 5)):
+            feeds = {"ids": rng.integers(0, coreml_stand_in.VOCABULARY, (1, tokens)), "position": np.array([begin])}
+            feeds |= {"last": np.array([2])} if tokens > 1 else {}
+            rows = np.zeros((1, coreml_stand_in.CONTEXT, 2), np.float32)
+            rows[:, :begin] = rng.integers(0, coreml_stand_in.VOCABULARY, (1, begin, 2))
+            given = {f"in.{key}": value for key, value in (feeds | {coreml_stand_in.ROWS: rows}).items()}
+            wanted = {f"out.{key}": value for key, value in coreml_stand_in.small_decoder(feeds, rows).items()}
+            np.savez(work / f"golden/{name}-{number:03}.npz", **given, **wanted)
+    decoder = {
+        "context": coreml_stand_in.CONTEXT,
+        "vocabulary": coreml_stand_in.VOCABULARY,
+        "cache": [{"name": coreml_stand_in.ROWS, "width": 2}],
+    }
+    return _write(folder, "sums", work, entries, {"decoder": decoder})
+
+
 def make_bundle(folder: Path, image: str | None = None, labels: tuple[str, ...] = ()) -> Bundle:
     """A bundle whose package holds ``y = 2 * x``, as the stand-in computes it; nothing is converted.
 
@@ -109,9 +140,26 @@ def make_bundle(folder: Path, image: str | None = None, labels: tuple[str, ...] 
     x = {"name": "x", "shape": shape, "dtype": "uint8" if image else "float32"}
     if image:
         x |= {"pixels": ((1.0, 0.0),) * shape[1], "layout": "bgr" if image == "bgr" else ""}
+    entries = {
+        "main": {
+            "file": "main.mlpackage",
+            "inputs": [x],
+            "outputs": [{"name": "y", "shape": shape, "dtype": "float32"}],
+        }
+    }
+    work = folder / "work"
+    (work / "golden").mkdir(parents=True)
+    for i in range(2):
+        value = rng.integers(0, 256, shape).astype(np.uint8) if image else rng.random(shape, np.float32)
+        np.savez(work / f"golden/main-{i:03}.npz", **{"in.x": value, "out.y": 2 * value.astype(np.float32)})
+    return _write(folder, "double", work, entries, {"recipe": {"name": "double", "labels": labels}})
+
+
+def _write(folder: Path, name: str, work: Path, entries: dict[str, Any], more: dict[str, Any]) -> Bundle:
+    """A bundle of the golden samples in ``work``, with a package that holds nothing."""
     manifest = Manifest.model_validate(
         {
-            "name": "double.coreml.fp16",
+            "name": f"{name}.coreml.fp16",
             "target": "coreml",
             "backend": "coreml",
             "precision": "fp16",
@@ -119,15 +167,9 @@ def make_bundle(folder: Path, image: str | None = None, labels: tuple[str, ...] 
             "created": "2026-01-01T00:00:00Z",
             "key": "0" * 64,
             "weights": {"kind": "random", "seed": 0},
-            "recipe": {"name": "double", "description": "y = 2 * x", "labels": labels},
+            "recipe": {"name": name, "labels": ()},
             "recipe_sha256": "0" * 64,
-            "entries": {
-                "main": {
-                    "file": "main.mlpackage",
-                    "inputs": [x],
-                    "outputs": [{"name": "y", "shape": shape, "dtype": "float32"}],
-                }
-            },
+            "entries": entries,
             "runtimes": [{"name": "edgeattn", "version": "1", "machine": "x86_64"}],
             "unproven": "graph and weights verified by interpreter; not run on Apple hardware",
             "requirement": "coremltools",
@@ -137,19 +179,16 @@ def make_bundle(folder: Path, image: str | None = None, labels: tuple[str, ...] 
             "stages": (),
             "reparam": {},
             "numerics": {},
+            **more,
         }
     )
-    work = folder / "work"
-    (work / "golden").mkdir(parents=True)
     (work / "Manifest.json").write_text("{}")
     (work / "model.mlmodel").write_bytes(b"a program")
-    for i in range(2):
-        value = rng.integers(0, 256, shape).astype(np.uint8) if image else rng.random(shape, np.float32)
-        np.savez(work / f"golden/main-{i:03}.npz", **{"in.x": value, "out.y": 2 * value.astype(np.float32)})
+    (package,) = {entry["file"] for entry in entries.values()}
     files = {
-        work / "Manifest.json": "main.mlpackage/Manifest.json",
-        work / "model.mlmodel": "main.mlpackage/Data/com.apple.CoreML/model.mlmodel",
+        work / "Manifest.json": f"{package}/Manifest.json",
+        work / "model.mlmodel": f"{package}/Data/com.apple.CoreML/model.mlmodel",
     }
-    bundle = write_bundle(folder / "double.coreml.fp16", manifest, files, work / "golden", "# double\n")
+    bundle = write_bundle(folder / manifest.name, manifest, files, work / "golden", f"# {name}\n")
     shutil.rmtree(work)
     return bundle

@@ -29,7 +29,7 @@ from edgeattn.bundle.bundle import RUNNER_PARTS
 from edgeattn.cli import cli
 from edgeattn.core.errors import CheckFailed
 from tests.bundle import coreml_stand_in
-from tests.bundle.mac import TRANSCRIPT, Mac, make_bundle, make_mac, transcript
+from tests.bundle.mac import TRANSCRIPT, Mac, make_bundle, make_decoder_bundle, make_mac, transcript
 
 UNITS = ["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
 ALIVE = {"CPU_AND_NE": {"killed_at": None}}
@@ -327,6 +327,48 @@ def test_a_state_begins_anew_at_every_run(bundle: Bundle, tmp_path: Path) -> Non
     mac = make_mac(tmp_path, transcript(state=["cache"]))
     assert answer(bundle, mac)["holds"]
     assert units_of(answer(bundle, mac, "--profile", "--runs", "3"))["ALL"]["holds"]
+
+
+# Decoders.
+
+DECODER = {"state": [coreml_stand_in.ROWS], "functions": ["decode", "prefill_4"]}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_decoder_bundle(tmp_path_factory.mktemp("decoder"))
+
+
+def test_functions_of_a_package_go_on_with_one_state(decoder: Bundle, tmp_path: Path) -> None:
+    mac = make_mac(tmp_path, transcript(**DECODER))
+    prompt = [3, 1, 4, 1, 5, 6]
+    ids = ",".join(map(str, prompt))
+    # Four at once, then one by one: each token that is decoded sees all of them.
+    made = answer(decoder, mac, "--ids", ids, "--max-tokens", "8")
+    wanted = list(prompt)
+    for _ in range(8):
+        wanted.append(sum(wanted) % coreml_stand_in.VOCABULARY)
+    assert made["ids"] == wanted[len(prompt) :]
+    assert made["cache_bytes"] is None  # Core ML has it
+    process = [call["call"] for call in mac.calls() if call["process"] == mac.calls()[-1]["process"]]
+    assert process.count("load") == 2
+    assert process.count("make_state") == 1
+
+
+def test_the_golden_cache_is_put_into_the_state_and_its_rows_are_compared(decoder: Bundle, tmp_path: Path) -> None:
+    result = answer(decoder, make_mac(tmp_path, transcript(**DECODER)))
+    assert result["holds"]
+    assert [part["golden"] for part in result["parts"]] == [4, 4]
+    wrong = transcript({"CPU_ONLY": {"error": 0.5}}, **DECODER)
+    result = answer(decoder, make_mac(tmp_path / "wrong", wrong), code=1)
+    assert [part["holds"] for part in result["parts"]] == [True, False]
+
+
+@pytest.mark.parametrize("entry", ["decode", "prefill_4"])
+def test_a_decoders_entry_is_measured_with_its_own_function(decoder: Bundle, tmp_path: Path, entry: str) -> None:
+    mac = make_mac(tmp_path, transcript(ALIVE, **DECODER))
+    result = answer(decoder, mac, "--profile", "--entry", entry, "--runs", "3")
+    assert all(unit["holds"] and unit["runs"] == 3 and unit["ops"] for unit in result["compute_units"])
 
 
 # Where it cannot run.

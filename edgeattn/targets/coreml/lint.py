@@ -312,6 +312,14 @@ def _written(entry: Entry) -> dict[fx.Node, str]:
     return written
 
 
+def _caches(program: Program) -> Iterator[_Hit]:
+    """A decoder's caches become states as well."""
+    context, rows = (program.decoder.context, program.decoder.rows) if program.decoder else (0, ())
+    for name, width in rows:
+        if context % _STATE_STEP or width % _STATE_STEP:
+            yield "state-32", f"{name} (1, {context}, {width})", None
+
+
 def _buffers(entry: Entry, states: dict[fx.Node, str]) -> Iterator[tuple[str, _Hit]]:
     """Hits in states and in constants, with the modules that hold them; of a tensor without a name, that use it."""
     for node, path in states.items():
@@ -364,6 +372,8 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
         device: whose chip decides how wide a tensor may be; without one it is the narrowest.
     """
     findings, widest = _Findings(), _widest(device)
+    for hit in _caches(program):
+        findings.add("", hit)
     for name, entry in program.entries.items():
         states, graph = _written(entry), entry.graph.graph_module
         for hit in _inputs(entry, name):

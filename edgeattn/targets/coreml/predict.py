@@ -10,15 +10,30 @@ import numpy as np
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
+from edgeattn.core.specs import new_name
 from edgeattn.targets.base import BGR, Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.coreml.states import run_with, split
 
 
 class CoreMLRuntime:
-    """An artifact's packages under Core ML's ``predict``, on all compute units."""
+    """An artifact's packages under Core ML's ``predict``, on all compute units.
+
+    States of a decoder begin at every run as the feeds say.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
+        self._states = list(artifact.facts.get("states", ()))
         self._opened: dict[str, Any] = {}
+
+    def _model(self, entry: str, file: str) -> Any:
+        if entry not in self._opened:
+            with quiet():
+                import coremltools as ct
+
+                function = {"function_name": entry} if self._states else {}
+                self._opened[entry] = ct.models.MLModel(str(self._artifact.folder / file), **function)
+        return self._opened[entry]
 
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name.
@@ -27,19 +42,19 @@ class CoreMLRuntime:
             UsageError: unknown entry, or feeds that do not fit. CheckFailed: Core ML cannot load or run the package.
         """
         spec = entry_of(self._artifact, entry)
-        check_feeds(spec.inputs, feeds)
-        given = {t.name: _image(feeds[t.name], t.layout) if t.pixels else feeds[t.name] for t in spec.inputs}
+        check_feeds(spec.inputs, split(feeds, self._states)[0])
+        given = dict(feeds) | {t.name: _image(feeds[t.name], t.layout) for t in spec.inputs if t.pixels}
         try:
-            if entry not in self._opened:
-                with quiet():
-                    import coremltools as ct
-
-                    self._opened[entry] = ct.models.MLModel(str(self._artifact.folder / spec.file))
-            outputs = self._opened[entry].predict(given)
+            model = self._model(entry, spec.file)
+            if self._states:
+                outputs = run_with(given, self._states, model.make_state, model.predict)
+            else:
+                outputs = model.predict(given)
         except Exception as error:  # plain exceptions, whatever the framework says
             raise CheckFailed("Core ML cannot run the package", value=entry, why=str(error).splitlines()[0]) from error
         labels = self._artifact.facts.get("labels", ())
-        return {t.name: _array(outputs[t.name], labels) for t in spec.outputs}
+        rows = {name: value for name, value in outputs.items() if self._states and name.startswith(new_name(""))}
+        return {t.name: _array(outputs[t.name], labels) for t in spec.outputs} | rows
 
     def trace(
         self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None

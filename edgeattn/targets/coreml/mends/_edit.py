@@ -51,7 +51,8 @@ def square_of(node: Any) -> fx.Node | None:
     if isinstance(second, fx.Node):
         written = node.target is _ATEN.mul.Tensor and first is second
     else:
-        written = node.target is _ATEN.square.default or (node.target is _ATEN.pow.Tensor_Scalar and second == 2)
+        by_power = node.target is _ATEN.pow.Tensor_Scalar and isinstance(second, int | float) and second == 2
+        written = node.target is _ATEN.square.default or by_power
     return first if written and isinstance(first, fx.Node) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgeattn.targets.coreml.mends._edit import Writer, calls, largest_of, square_of
+from edgeattn.targets.coreml.mends._edit import Writer, calls, square_of
 
 _ATEN = torch.ops.aten
 
@@ -26,7 +26,7 @@ def mend(module: fx.GraphModule, precision: str) -> int:
         if x is None or x.target is not _ATEN.relu.default or len(node.args) != 2:
             continue
         write, inside = Writer(node), Writer(squared)
-        largest = largest_of(inside, x, [-1])
+        largest = inside(_ATEN.clamp.default, inside(_ATEN.amax.default, x, [-1], True), 1.0)
         y = inside(_ATEN.mul.Tensor, x, inside(_ATEN.reciprocal.default, largest))
         product = write(_ATEN.linear.default, inside(_ATEN.mul.Tensor, y, y), node.args[1])
         write.replace(write(_ATEN.mul.Tensor, write(_ATEN.mul.Tensor, product, largest), largest))
