@@ -41,12 +41,12 @@ def _export(
     with_last = shape.tokens > 1 and not shape.dynamic
     step, path = as_step(model, with_last), ModulePath()
     # Sizes that differ from each other, from 1 and from the largest: torch.export takes equal ones for the same.
-    sizes = (5, 7) if shape.dynamic else (shape.tokens, shape.cached)
+    sizes = (min(5, shape.tokens), 7) if shape.dynamic else (shape.tokens, shape.cached)
     example, dims = _example(caches, *sizes, with_last), None
     if shape.dynamic:
-        tokens = torch.export.Dim("tokens", min=1, max=shape.tokens)
+        tokens = {1: torch.export.Dim("tokens", min=1, max=shape.tokens)} if shape.tokens > 1 else None
         cached = torch.export.Dim("cached", min=1, max=shape.cached)
-        dims = {"ids": {1: tokens}, "position": None, "rest": tuple({1: cached} for _ in caches.rows)}
+        dims = {"ids": tokens, "position": None, "rest": tuple({1: cached} for _ in caches.rows)}
     try:
         with torch.no_grad(), warnings.catch_warnings(), path.follow(step):
             warnings.simplefilter("ignore")

@@ -11,6 +11,8 @@ from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor
 
 #: Weights go to a second file from this many bytes on; a protobuf message cannot exceed 2 GB.
 EXTERNAL_BYTES = 1_500_000_000
+#: The same of decoders: a file beside the graph is mapped into memory as it is read, a message is parsed as a whole.
+EXTERNAL_BYTES_MAPPED = 64_000_000
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -18,9 +20,9 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def save(model: ir.Model, path: Path) -> None:
-    """Write ``model``, large weights beside it as ``NAME.onnx.data``."""
-    ir.save(model, path, external_data=f"{path.name}.data" if weight_bytes(model) > EXTERNAL_BYTES else None)
+def save(model: ir.Model, path: Path, largest: int = EXTERNAL_BYTES) -> None:
+    """Write ``model``, its weights beside it as ``NAME.onnx.data`` if they are more than ``largest`` bytes."""
+    ir.save(model, path, external_data=f"{path.name}.data" if weight_bytes(model) > largest else None)
 
 
 def adopt(path: Path) -> Artifact:
