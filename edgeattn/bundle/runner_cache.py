@@ -157,7 +157,12 @@ class Steps(engines.Opened):
 
     def steps(self) -> Data:
         """See ``Opened.steps``."""
-        return {"transfer in": self.upload, "engine": self.launch, "new rows": self.write, "transfer out": self.download}
+        return {
+            "transfer in": self.upload,
+            "engine": self.launch,
+            "new rows": self.write,
+            "transfer out": self.download,
+        }
 
     def _engine(self) -> None:
         """The engine, from the second time on as a CUDA graph where it can be captured."""

@@ -52,7 +52,7 @@ def _artifact(job: Job, run: Finished) -> dict[str, Any]:
             for name, entry in lowered["entries"].items()
         },
         "runtimes": (RuntimeInfo(name=runtime, version=versions[runtime] or "", machine=tools.host()["machine"]),),
-        "unproven": target.unproven_of(job.settled),
+        "unproven": target.unproven_of(job.settled, bool(job.steps)),
         "tools": versions,
         "numerics": {"reference": reference, **verified["numerics"]},
         "task": verified["task"],

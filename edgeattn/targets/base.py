@@ -355,8 +355,8 @@ class Target(ABC):
         """The same over all samples together, which is no more."""
         return min(self.tolerance(precision), TOGETHER.get(precision, math.inf))
 
-    def unproven_of(self, options: Mapping[str, str]) -> str:
-        """``unproven`` for settled options."""
+    def unproven_of(self, options: Mapping[str, str], decoder: bool = False) -> str:
+        """``unproven`` for settled options, of a decoder with its cache or of another model."""
         return self.unproven
 
     @abstractmethod

@@ -42,6 +42,54 @@ def rtx(home: Path) -> Bundle:
     )
 
 
+DECODER = """
+import torch
+from edgeattn.models.plm import plm
+
+
+def small():
+    torch.manual_seed(1)
+    model = plm(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=32,
+        qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, intermediate_size=64,
+    )
+    with torch.no_grad():  # large enough for attention to tell tokens apart
+        for parameter in model.parameters():
+            parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
+    return model
+"""
+RECIPE = """
+name = "plm-small"
+[model]
+factory = "small.py:small"
+[inputs.ids]
+shape = [1, 16]
+dtype = "int64"
+low = 0
+high = 95
+[decoder]
+context = 96
+prefill = [8]
+steps = 72
+greedy = 8
+"""
+
+
+@pytest.fixture(scope="session")
+def decoder(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A decoder of random weights in float16, for a GPU that builds its engines itself."""
+    folder = tmp_path_factory.mktemp("decoder")
+    (folder / "small.py").write_text(DECODER)
+    (folder / "small.toml").write_text(RECIPE)
+    return edgeattn.export(
+        str(folder / "small.toml"),
+        target="tensorrt",
+        precision="fp16",
+        options={"flavour": "full"},
+        output=home / "bundles",
+    )
+
+
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stand-in for the driver, compiled."""
@@ -72,6 +120,7 @@ def gpu(tmp_path: Path, cuda: Path) -> Run:
             command, env={**os.environ, **own, **environ}, capture_output=True, text=True, timeout=300, check=False
         )
 
+    run.library = str(cuda)  # type: ignore[attr-defined]
     return run
 
 
@@ -208,6 +257,119 @@ def test_verify_asks_the_engine_where_there_is_a_gpu(
         assert "none was run here" not in done.stdout  # what was open no longer is
 
 
+def test_a_decoders_golden_outputs_come_out_of_the_cache_on_the_gpu(decoder: Bundle, gpu: Run, tmp_path: Path) -> None:
+    inputs = {t.name: t for t in decoder.manifest.entries["decode"].inputs}
+    assert inputs["latent_0"].dtype == inputs["rope_1"].dtype == "float16"
+    for environ in ({}, {"STAND_IN_NO_GRAPH": "1"}):
+        done = gpu(decoder, "--verify", "--json", **environ)
+        assert done.returncode == 0, done.stderr + done.stdout
+        part = json.loads(done.stdout)["parts"][0]
+        assert part["golden"] == 4
+        assert 0 < part["worst_relative_l2"] < 5e-3
+    assert len(builds(tmp_path)) == 2
+    wrong = gpu(decoder, "--verify", STAND_IN_WRONG="1")
+    assert wrong.returncode == 1
+
+
+#: Compares logits of steps behind the cache on the GPU with those of steps whose cache is the caller's, twice.
+STEPS = """
+import json, os, sys
+import numpy as np
+import onnxruntime
+
+sys.path.insert(0, os.getcwd())
+import run
+import run_generate
+
+with open("manifest.json") as handle:
+    manifest = json.load(handle)
+
+
+def by_hand(entry):
+    session = onnxruntime.InferenceSession(run.place(manifest["entries"][entry]["file"]))
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, feeds)))
+
+
+opened = {}
+
+
+def on_gpu(entry):
+    opened[entry] = run.open_entry(manifest, entry, 1)[0]
+    return opened[entry]
+
+
+sessions = [run_generate.Session(manifest["decoder"], manifest["entries"], one) for one in (by_hand, on_gpu)]
+tokens = np.random.default_rng(0).integers(0, 96, (2, 96))
+off = []
+for ids in tokens:
+    for session in sessions:
+        session.reset()
+    for size in (20, *[1] * 50, 10, *[1] * 16):
+        begin = sessions[0].position
+        ours, theirs = (session.feed(ids[begin : begin + size]) for session in sessions)
+        off.append(float(np.abs(ours - theirs).max() / np.abs(ours).max()))
+    assert sessions[1].position == 96
+print(json.dumps([max(off), sessions[1].cache_bytes, sorted(opened), opened["decode"].cache_bytes]))
+"""
+
+
+def test_a_decoders_cache_stays_on_the_gpu_between_steps_and_entries(decoder: Bundle, gpu: Run, tmp_path: Path) -> None:
+    gpu(decoder, "--verify")  # builds the engines
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environ |= {"LD_LIBRARY_PATH": gpu.library, "STAND_IN_BUILDS": str(tmp_path / "builds")}  # type: ignore[attr-defined]
+    for more in ({}, {"STAND_IN_NO_GRAPH": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", STEPS],
+            cwd=decoder.path,
+            env=environ | more,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        off, held, entries, size = json.loads(done.stdout)
+        assert off < 1e-3  # two sessions of ONNX Runtime
+        assert held == 0
+        assert entries == ["decode", "prefill_8"]
+        assert size == 2 * (96 * 64 + 96 * 32)  # in float16, for two layers
+
+
+def test_text_is_made_on_the_gpu(decoder: Bundle, gpu: Run) -> None:
+    done = gpu(decoder, "--ids", "1,2,3,4,5,6,7,8,9,10", "--max-tokens", "12", "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads(done.stdout)
+    assert (result["tokens"], result["cached"], result["backend"]) == (12, 21, "tensorrt")
+    full = json.loads(gpu(decoder, "--ids", ",".join(map(str, range(90))), "--json").stdout)
+    assert (full["finish"], full["cached"]) == ("context", 96)
+
+
+def test_a_decoders_profile(decoder: Bundle, gpu: Run) -> None:
+    done = gpu(decoder, "--profile", "--json", "--runs", "5", "--warmup", "1")
+    assert done.returncode == 0, done.stderr + done.stdout
+    events = json.loads(done.stdout)["events"]
+    assert list(events) == ["transfer in", "engine", "new rows", "transfer out", "engine, CUDA graph"]
+
+
+def test_new_rows_that_do_not_fit_into_the_cache(
+    decoder: Bundle, gpu: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    words = []
+    for spec in decoder.manifest.entries["prefill_8"].inputs:
+        np.save(f"{spec.name}.npy", np.zeros(spec.shape, spec.dtype))
+        words += ["--input", f"{spec.name}={spec.name}.npy"]
+    assert gpu(decoder, "--entry", "prefill_8", *words).returncode == 0
+    assert np.load("output.new_latent_1.npy").shape == (1, 8, 32)
+    np.save("position.npy", np.array([89]))
+    done = gpu(decoder, "--entry", "prefill_8", *words)
+    assert done.returncode == 2
+    assert "no room for the new rows: position 89" in done.stderr
+
+
 def test_wrong_numbers_are_not_profiled(full: Bundle, gpu: Run) -> None:
     done = gpu(full, "--profile", STAND_IN_WRONG="1")
     assert done.returncode == 1
@@ -243,7 +405,8 @@ def test_the_stand_in_has_nothing_that_the_real_package_lacks() -> None:
 
 def test_all_that_the_runner_uses_is_in_the_real_package() -> None:
     """Every attribute of ``trt`` in the runner, and of what TensorRT's objects are called there."""
-    source = (Path(edgeattn.__file__).parent / "bundle" / "runner_tensorrt.py").read_text()
+    folder = Path(edgeattn.__file__).parent / "bundle"
+    source = "\n".join((folder / f"runner_{name}.py").read_text() for name in ("tensorrt", "cache"))
     objects = {
         "config": trt.IBuilderConfig,
         "builder": trt.Builder,

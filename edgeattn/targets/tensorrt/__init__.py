@@ -98,11 +98,13 @@ class TensorRTTarget(Target):
         settled["compute"] = "+".join(sorted(set(computes), key=order.index)) or PORTABLE
         return settled
 
-    def unproven_of(self, options: Mapping[str, str]) -> str:
-        """Of the flavour: ``full`` builds on the device."""
+    def unproven_of(self, options: Mapping[str, str], decoder: bool = False) -> str:
+        """Of the flavour: ``full`` builds on the device. Of a decoder also how its cache is kept there."""
+        kept = "; the cache in the GPU's memory was tried with a stand-in for the driver" if decoder else ""
         if options["flavour"] == FULL:
-            return "parsed; numbers verified on the typed graph; the engine is built on the device, none was run here"
-        return self.unproven
+            built = "parsed; numbers verified on the typed graph; the engine is built on the device, none was run here"
+            return built + kept
+        return self.unproven + kept
 
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """The exporter's packages, the runtime that measures for it, and what parses and builds."""
@@ -119,12 +121,15 @@ class TensorRTTarget(Target):
         return lower(program, plan, out)
 
     def open(self, artifact: Artifact) -> Runtime:
-        """ONNX Runtime on the typed graph, without optimizations: on CPUs without VNNI its int8 kernels saturate."""
+        """ONNX Runtime on the typed graph, without optimizations: on CPUs without VNNI its int8 kernels saturate.
+
+        With them for a decoder's small weights, which saturate nothing: else every step would unpack all of them.
+        """
         if tools.version("onnxruntime") is None:
             raise ToolchainMissing("ONNX Runtime is missing", why="not installed", fix="pip install onnxruntime")
         from edgeattn.targets.onnx_graph.execute import OnnxRuntime
 
-        return OnnxRuntime(artifact, optimized=False)
+        return OnnxRuntime(artifact, artifact.precision in ("w8", "w4") and "main" not in artifact.entries)
 
     def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
         """Where there is a GPU, the engine on it."""

@@ -95,9 +95,7 @@ def _small(model: ir.Model, plan: LowerPlan, decoder: bool) -> dict[str, Any]:
     return {"numbers": weights_words(plan.quant), "operations": done, **left}
 
 
-def _typed(
-    entry: Entry, name: str, plan: LowerPlan, decoder: Caches | None = None
-) -> tuple[ir.Model, dict[str, Any]]:
+def _typed(entry: Entry, name: str, plan: LowerPlan, decoder: Caches | None = None) -> tuple[ir.Model, dict[str, Any]]:
     """An entry in the plan's precision, and what is worth knowing of it."""
     model = export(entry)
     name_nodes(model)

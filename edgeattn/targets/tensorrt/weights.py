@@ -120,6 +120,20 @@ def round_four(rows: Array, group: int, dtype: ir.DataType) -> tuple[Array, Arra
     return integers, scales
 
 
+@dataclass(frozen=True)
+class _Eight:
+    """A weight in 8 bits: integers in its own layout, the single scale, and the rest as (..., 1, outputs).
+
+    Attributes:
+        rows: the whole scale of each output.
+    """
+
+    integers: ir.Value
+    whole: ir.Value
+    rest: ir.Value
+    rows: Array
+
+
 class SmallWeights:
     """Stores the weights of one graph in few bits, in place."""
 
@@ -127,15 +141,18 @@ class SmallWeights:
         """Nothing is changed yet."""
         self._model, self._graph, self._plan = model, model.graph, plan
         self._flavour = flavour
-        #: By weight and bits: integers, single scale and rest (8 bits), or floats (4 bits).
-        self._eights: dict[int, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        # By the weight's id: several nodes may read one.
+        self._eights: dict[int, _Eight] = {}
         self._fours: dict[int, ir.Value] = {}
         self.done: list[dict[str, Any]] = []
 
     def apply(self) -> list[dict[str, Any]]:
         """What was done: node, operation, module and bits of each."""
         products = [p for p in _products(self._model) if _plain(p.node)]
-        tables = {id(p.weight): p for p in products}  # an embedding that is multiplied with, too
+        sides = {id(p.weight): p.rows_last for p in reversed(products)}  # as the first of them has it
+        products = [p for p in products if p.rows_last == sides[id(p.weight)]]
+        # An embedding that is multiplied with, too.
+        tables = {id(p.weight): p for p in products if p.rows_last and p.rows.ndim == 2}
         lookups = [
             node
             for node in self._graph
@@ -210,7 +227,10 @@ class SmallWeights:
         flat = rows.ndim == 3 and self._flavour != RTX
         if flat:
             own, axis = [value.reshape(-1, value.shape[-1]) for value in own], axis - 1
-        inputs = [self._constant(f"{name}_int4", own[0], ir.DataType.INT4), self._constant(f"{name}_scale", own[1])]
+        inputs = [
+            self._constant(f"{name}_int4", own[0], ir.DataType.INT4),
+            self._constant(f"{name}_int4_scale", own[1]),
+        ]
         back = ir.node("DequantizeLinear", inputs, {"axis": axis, "block_size": group})
         made = self._in_front(back, f"{name}_dequantize", of.node, of.weight)
         if flat:
@@ -224,44 +244,42 @@ class SmallWeights:
         self._fours[id(of.weight)] = made
         return made
 
-    def _integers(self, of: Product) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """In 8 bits: the weight, its single scale, and the rest of the scales as (..., 1, outputs)."""
+    def _integers(self, of: Product) -> _Eight:
+        """The weight in 8 bits."""
         if id(of.weight) not in self._eights:
             name, rows = str(of.weight.name), of.rows
             assert of.weight.dtype is not None
             integers, whole, rest = round_eight(rows.reshape(-1, rows.shape[-1]), of.weight.dtype)
             by_output = rest.reshape(*rows.shape[:-2], 1, -1) if rows.ndim == 3 else rest.reshape(-1)
-            self._eights[id(of.weight)] = (
+            scales = _stored(whole.astype(np.float32) * rest.astype(np.float32).reshape(-1), of.weight.dtype)
+            self._eights[id(of.weight)] = _Eight(
                 self._constant(f"{name}_int8", of.own(integers.reshape(rows.shape))),
-                self._constant(f"{name}_scale", whole),
+                self._constant(f"{name}_int8_scale", whole),
                 self._constant(f"{name}_scales", by_output),
+                scales,
             )
         return self._eights[id(of.weight)]
 
     def _rows_of_eight(self, of: Product) -> ir.Value:
         """An embedding of which rows are looked up: with a scale for each row."""
-        integers, whole, rest = self._integers(of)
-        assert whole.const_value is not None and rest.const_value is not None and of.weight.dtype is not None
-        scales = whole.const_value.numpy().astype(np.float32) * rest.const_value.numpy().astype(np.float32)
-        name = str(of.weight.name)
-        inputs = [integers, self._constant(f"{name}_row_scales", _stored(scales, of.weight.dtype))]
+        eight, name = self._integers(of), str(of.weight.name)
+        inputs = [eight.integers, self._constant(f"{name}_row_scales", eight.rows)]
         back = ir.node("DequantizeLinear", inputs, {"axis": 0})
         return self._in_front(back, f"{name}_rows_dequantize", of.node, of.weight)
 
     def _eight(self, of: Product) -> None:
         """The product with integers of one scale, the rest of the scales multiplied with what comes out."""
-        integers, whole, rest = self._integers(of)
-        node, name = of.node, str(of.weight.name)
-        back = ir.node("DequantizeLinear", [integers, whole])
+        eight, node, name = self._integers(of), of.node, str(of.weight.name)
+        back = ir.node("DequantizeLinear", [eight.integers, eight.whole])
         node.replace_input_with(1, self._in_front(back, f"{node.name}_{name}_dequantize", node, of.weight))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
-            node.replace_input_with(2, None)
+            node.resize_inputs(2)  # an input without a name is none to TensorRT
         out = node.outputs[0]
         uses, at = tuple(out.uses()), [i for i, value in enumerate(self._graph.outputs) if value is out]
         called, last = str(out.name), out
         out.name = f"{called}_unscaled"
-        for kind, other in (("Mul", rest), ("Add", bias)):
+        for kind, other in (("Mul", eight.rest), ("Add", bias)):
             if other is None:
                 continue
             made = ir.node(kind, [last, other], name=f"{node.name}_{kind.lower()}")
