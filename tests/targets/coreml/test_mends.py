@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgeattn.core.errors import ConversionFailed
+from edgeattn.core.numerics import compare
 from edgeattn.targets.coreml import mends
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
+from edgeattn.targets.coreml.runtime import MilRuntime
 from tests.targets.coreml.lowering import captured, converted_without, lowered, plan_of
 
 DEPLOYMENTS = ("iOS16", "iOS18")
@@ -94,7 +96,8 @@ class Filled(nn.Module):
 
 def test_all_mends_are_tested() -> None:
     assert mends.names() == [
-        "alias", "avg_pool_ceil", "dunder", "gqa", "max_pool_stride", "qkv_rank5", "rms_norm", "where_scalar",
+        "alias", "avg_pool_ceil", "dunder", "gqa", "max_pool_stride", "qkv_rank5", "rms_norm", "squared_relu",
+        "where_scalar", "written_norm",
     ]  # fmt: skip
 
 
@@ -200,3 +203,50 @@ def test_outputs_may_be_what_a_mend_replaced(tmp_path: Path) -> None:
     made = lowered(nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), {"x": torch.randn(2, 8)}, tmp_path)
     assert made.numerics()["y"].holds(1e-6)
     assert plan_of().options["deployment"] == "iOS16"
+
+
+class WrittenNorm(nn.Module):
+    """As language models have it, statistics in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class SquaredReLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(x).square())
+
+
+@pytest.mark.parametrize("mend", ["written_norm", "squared_relu"])
+def test_squares_do_not_overflow(mend: str, tmp_path: Path) -> None:
+    """With some numbers beyond 255, whose squares float16 does not have; without the mend the rows are lost."""
+    torch.manual_seed(0)
+    model = WrittenNorm() if mend == "written_norm" else SquaredReLU()
+    x = torch.randn(6, 32 if mend == "written_norm" else 64)
+    x[0], x[3:, 5] = 0.0, torch.tensor([300.0, 900.0, 2500.0])
+    if isinstance(model, SquaredReLU):
+        with torch.no_grad():
+            model.down.weight /= 30  # the results are numbers that float16 holds
+    else:
+        x[1], x[2] = x[1] * 1e-3, x[2] * 1e-2
+    made = lowered(model, {"x": x}, tmp_path / "with", "fp16", deployment="iOS18")
+    assert made.facts["mends"] == {mend: 1}
+    outputs = MilRuntime(made.artifact).run("main", made.feeds)["y"]
+    for row, wanted in zip(outputs, made.reference["y"], strict=True):
+        assert compare(wanted, row).relative_l2 <= 1e-2
+    converted_without(mend, model, {"x": x}, tmp_path / "m.mlpackage", precision="fp16", deployment="iOS18")
+    function = Function(open_package(tmp_path / "m.mlpackage"))
+    plain = function.run({"x": x.numpy()})["y"]
+    with np.errstate(invalid="ignore"):
+        assert not np.isclose(plain[3:], made.reference["y"][3:], rtol=0.1).any(axis=1).all()
+    exact = lowered(model, {"x": x}, tmp_path / "exact", "fp32")
+    assert exact.facts["mends"] == {}
