@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _TEXT = re.compile(rb"[\x20-\x7e]{6,}")
 _KERNEL = re.compile(r"(?:function|runtime_fusion)=\{ name=(\S+) .*?input_args=\{ (.*?) \}.*?output_args=\{ (.*?) \}")
+_VIEW = re.compile(r'sub_tensor=\{ base="(\S+?)" .* name="(\S+?)"')
 _TENSOR = re.compile(r'tensor=\{.* name="(\S+?)".* type=(\w+) ')
 
 
@@ -24,8 +25,8 @@ class Kernel:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it ends in a product, or in the sum that one of a vector is."""
-        return self.name.endswith(("Fc", "Sum"))
+        """Whether there is a product in it, or it ends in the sum that one of a vector is."""
+        return "Fc" in self.name or self.name.endswith("Sum")
 
 
 def _lines(plan: bytes) -> list[str]:
@@ -33,9 +34,11 @@ def _lines(plan: bytes) -> list[str]:
 
 
 def kernels(plan: bytes) -> list[Kernel]:
-    """In the order of the plan."""
-    found = [match for line in _lines(plan) if (match := _KERNEL.search(line))]
-    names = [[part.replace("^deref", "") for part in re.findall(r'"(.*?)"', m[i])] for m in found for i in (2, 3)]
+    """In the order of the plan; tensors that are views of others under the names of those."""
+    lines = _lines(plan)
+    views = {match[2]: match[1] for line in lines if (match := _VIEW.search(line))}
+    found = [match for line in lines if (match := _KERNEL.search(line))]
+    names = [[views.get(part, part) for part in re.findall(r'"(.*?)"', m[i])] for m in found for i in (2, 3)]
     pairs = zip(found, names[0::2], names[1::2], strict=True)
     return [Kernel(m[1].removeprefix("__myl_"), tuple(ins), tuple(outs)) for m, ins, outs in pairs]
 
