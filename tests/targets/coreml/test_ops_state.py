@@ -121,3 +121,21 @@ def test_a_loop_writes_a_state_each_time(count: int, tmp_path: Path) -> None:
             total = total + x
             seen = seen + total
         agree([made["seen"], made["now"]], [seen, total], "float16", 8)
+
+
+@pytest.mark.parametrize("mode", ["fp32acc", "native"])
+def test_a_state_is_filled_and_looked_at(counter: Path, mode: str) -> None:
+    function = Function(open_package(counter), mode=mode)
+    state, held, x = function.make_state(), numbers(3, SHAPE, "float16"), numbers(4, SHAPE, "float16")
+    state.write_state("total", held)
+    seen = state.read_state("total")
+    np.testing.assert_array_equal(seen, held)
+    assert seen.dtype == np.float16
+    agree([function.run({"x": x}, state)["old"]], [held], "float16")
+    np.testing.assert_array_equal(seen, held)  # a copy
+    agree([state.read_state("total")], [held.astype(np.float64) + x], "float16", 2)
+    for wrong in (held[:1], held.astype(np.float32), np.full(SHAPE, np.nan, np.float16)):
+        with pytest.raises(UsageError):
+            state.write_state("total", wrong)
+    state.reset()
+    assert not state.read_state("total").any()

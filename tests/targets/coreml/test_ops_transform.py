@@ -413,6 +413,24 @@ def test_an_update_leaves_its_source_alone() -> None:
     agree(found, [slice_update(x, update, begin=[1, 1], end=[2, 3]), x], "float32")
 
 
+@pytest.mark.parametrize("begin", [3, 4])
+def test_an_update_beyond_the_end_is_an_error(begin: int) -> None:
+    """Where it begins is computed, and not known before it runs; not even a slice of nothing is passed over."""
+    feeds = {"x": numbers(1, (1, 4, 3)), "update": numbers(2, (1, 2, 3)), "at": np.array([begin], np.int32)}
+
+    def build(x: Any, update: Any, at: Any) -> Any:
+        zero, end = np.array([0], np.int32), mb.add(x=at, y=np.array([2], np.int32))
+        limits = (mb.concat(values=[zero, place, zero], axis=0) for place in (at, end))
+        masks = {"begin_mask": [True, False, True], "end_mask": [True, False, True]}
+        return mb.slice_update(x=x, update=update, **dict(zip(("begin", "end"), limits, strict=True)), **masks)
+
+    with pytest.raises(CheckFailed, match="slice of"):
+        interpret(build, feeds)
+    feeds["at"] -= begin - 2
+    wanted = np.concatenate([feeds["x"][:, :2], feeds["update"]], axis=1)
+    agree(interpret(build, feeds), [wanted], "float32")
+
+
 def test_every_operation_is_tested_and_judged_where_it_can_be() -> None:
     assert {case.op for case in JUDGED} == judgeable(FAMILY) - NOT_INFERRED
     assert {case.op for case in JUDGED + ALONE} == FAMILY

@@ -18,10 +18,11 @@ import edgeattn
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed
 from edgeattn.recipe import Preprocess
-from edgeattn.targets.base import own_feeds
+from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor, own_feeds
 from edgeattn.targets.coreml import CoreMLTarget
 from edgeattn.targets.coreml.predict import CoreMLRuntime
 from edgeattn.targets.coreml.runtime import MilRuntime
+from tests.bundle.coreml_stand_in import CONTEXT, ROWS, VOCABULARY, MLState, small_decoder
 from tests.targets.coreml.harness import ct
 from tests.targets.coreml.lowering import Lowered, lowered
 
@@ -91,6 +92,42 @@ def test_what_the_framework_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="macOS"):
         CoreMLRuntime(made.artifact).run("main", made.feeds)
     assert CoreMLTarget().others(made.artifact) == {}
+
+
+class Sums:
+    """The decoder of ``tests.bundle.coreml_stand_in``, asked for by the name of its function."""
+
+    def __init__(self, path: str, function_name: str | None = None) -> None:
+        assert (Path(path).name, function_name) == ("model.mlpackage", "decode")
+
+    def make_state(self) -> MLState:
+        return MLState({ROWS: np.zeros((1, CONTEXT, 2), np.float16)})
+
+    def predict(self, given: dict[str, Any], state: MLState) -> dict[str, Any]:
+        assert set(given) == {"ids", "position"}
+        rows, begin = state.read_state(ROWS), int(given["position"][0])
+        made = small_decoder(given, rows)
+        rows[:, begin : begin + 1] = made[f"new_{ROWS}"]
+        state.write_state(ROWS, rows)
+        return {"logits": made["logits"]}
+
+
+def test_a_decoders_cache_is_put_into_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ct.models, "MLModel", Sums)
+    inputs = (Tensor("ids", (1, 1), "int32"), Tensor("position", (1,), "int32"))
+    entry = ArtifactEntry("model.mlpackage", inputs, (Tensor("logits", (1, VOCABULARY), "float32"),))
+    artifact = Artifact(tmp_path, "fp16", {"decode": entry}, {"states": {ROWS: [1, CONTEXT, 2]}})
+    rows = np.zeros((1, CONTEXT, 2), np.float32)
+    rows[0, :3] = [[1, 0], [4, 1], [2, 2]]
+    own = {"ids": np.array([[5]], np.int32), "position": np.array([3], np.int32)}
+    runtime = CoreMLRuntime(artifact)
+    for feeds, total in ((own | {ROWS: rows}, 12), (own, 5)):  # zeros where nothing is fed
+        outputs = runtime.run("decode", feeds)
+        assert outputs["logits"].argmax() == total % VOCABULARY
+        if ROWS in feeds:
+            np.testing.assert_array_equal(outputs[f"new_{ROWS}"], [[[5, 3]]])
+        else:
+            assert set(outputs) == {"logits"}
 
 
 def test_verify_asks_both_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
