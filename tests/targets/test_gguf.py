@@ -543,11 +543,11 @@ def llama(tmp_path_factory) -> dict[str, str]:
             pytest.skip(f"llama-cpp-python is compiled, and there is no {' and no '.join(missing)} here")
         folder = str(tmp_path_factory.mktemp("llama"))
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
-        built = subprocess.run(
-            [*command, "--target", folder, "llama-cpp-python==0.3.36"], capture_output=True, text=True, timeout=1800
-        )
-        if built.returncode:
-            pytest.skip(f"llama-cpp-python cannot be built here: {built.stderr.strip().splitlines()[-1]}")
+        command += ["--target", folder, "llama-cpp-python==0.3.36"]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=3600, check=True)
+        except subprocess.SubprocessError as error:
+            pytest.skip(f"llama-cpp-python cannot be built here: {getattr(error, 'stderr', '') or error}"[-500:])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
 
 
