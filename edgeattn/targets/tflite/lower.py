@@ -58,7 +58,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _owners(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Path of the module whose weights an operation reads, of those that read the weights of one."""
+    """Path of the module inside of an operation's own whose weights it reads, of those that read the weights of one."""
     constant: dict[fx.Node, set[str]] = {}
     found = {}
     for node in graph.nodes:
@@ -67,7 +67,8 @@ def _owners(graph: fx.Graph) -> dict[fx.Node, str]:
         elif node.op == "call_function":
             inputs = node.all_input_nodes
             read = set().union(*(constant.get(each, set()) for each in inputs))
-            if len(read) == 1:
+            around = _path(node)
+            if len(read) == 1 and (not around or next(iter(read)).startswith(f"{around}.")):
                 found[node] = next(iter(read))
             if inputs and all(each in constant for each in inputs):
                 constant[node] = read
@@ -297,5 +298,5 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         plan.precision,
         entries,
         {"runtime": plan.runtime, "operator_versions": flatbuffer.operator_versions(model), "entries": facts},
-        findings,
+        list(dict.fromkeys(findings)),  # entries of one model have much in common
     )

@@ -158,7 +158,7 @@ def operations(model: Any, plan: QuantPlan, runtime: str, tables: Collection[byt
             if kind not in WEIGHTED or not flatbuffer.is_constant(model, graph, operator.inputs[1]):
                 continue
             stored = graph.tensors[operator.inputs[1]].buffer
-            if kind == "EMBEDDING_LOOKUP" and flatbuffer.digest(model.buffers[stored].data) in tables:
+            if kind == "EMBEDDING_LOOKUP" and tables and flatbuffer.digest(model.buffers[stored].data) in tables:
                 continue
             output = int(operator.outputs[0])
             module = module_of_weights(graph, operator, paths[output])

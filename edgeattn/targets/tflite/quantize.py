@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
 from edgeattn.core.errors import CheckFailed, ConversionFailed
 from edgeattn.core.quiet import quiet
@@ -14,7 +16,7 @@ from edgeattn.quant.plan import QuantPlan
 from edgeattn.quant.rounding import MOST_BIAS_STEPS
 from edgeattn.targets.base import LowerPlan, Tensor
 from edgeattn.targets.tflite import TFLITE_RUNTIME, flatbuffer
-from edgeattn.targets.tflite.operations import FLOAT, MEASURED, Operation, operations
+from edgeattn.targets.tflite.operations import FLOAT, MEASURED, How, Operation, operations
 from edgeattn.targets.tflite.pointwise import connect, is_pointwise
 from edgeattn.targets.tflite.ranges import measure
 
@@ -88,6 +90,26 @@ def _integers(model: Any, found: Sequence[Operation], ranges: Mapping[tuple[int,
     quantized = flatbuffer.read(bytes(made.quantized_model))
     _name(quantized, names)
     return quantized
+
+
+def _apart(model: Any, found: Sequence[Operation]) -> None:
+    """Give operations that share weights, but store them in several ways, their own: the quantizer fails at it."""
+    at = {(o.graph, o.output): o.how for o in found}
+    for number, graph in enumerate(model.subgraphs):
+        ways: dict[int, dict[How | None, int]] = {}
+        for operator in graph.operators:
+            key = (number, int(operator.outputs[0]))
+            if key not in at:
+                continue
+            shared = int(operator.inputs[1])
+            known = ways.setdefault(shared, {at[key]: shared})
+            if at[key] not in known:
+                one, buffer = copy(graph.tensors[shared]), schema.BufferT()
+                buffer.data, one.buffer = model.buffers[one.buffer].data, len(model.buffers)
+                model.buffers.append(buffer)
+                known[at[key]] = len(graph.tensors)
+                graph.tensors.append(one)
+            operator.inputs = [known[at[key]] if i == 1 else int(t) for i, t in enumerate(operator.inputs)]
 
 
 def _fill_empty_blocks(model: Any, found: Sequence[Operation]) -> None:
@@ -181,6 +203,7 @@ def quantize(
         wanted = {(o.graph, tensor) for o in measured for tensor in (o.data, o.output)}
         ranges = measure(model, wanted, inputs, plan.calibration or plan.samples, quant.observer)
         _hold_biases(model, measured, ranges)
+    _apart(model, found)
     _fill_empty_blocks(model, chosen)
     try:
         with quiet():
