@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from edgeattn.capture.program import Dynamic, Entry, Program
 from edgeattn.capture.ranges import export_ranges
+from edgeattn.capture.real import without_complex
 from edgeattn.core.errors import ConversionFailed, EdgeAttnError, UsageError
 
 
@@ -155,6 +156,7 @@ def capture(
     finally:
         flatten.remove()
     forget_paths(graph)
+    graph = without_complex(graph)
     return Program({"main": Entry(graph, tuple(inputs), outputs, dynamic)})
 
 
