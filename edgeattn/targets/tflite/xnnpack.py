@@ -12,18 +12,22 @@ from edgeattn.targets.tflite.litert import interpreter
 from edgeattn.targets.tflite.modules import module_of_weights, modules
 
 
-def _in_front(model: Any, entry: str, data: bytes) -> bytes | None:
-    """The file with that entry's graph as the first, which alone can be asked; None if others refer to its place."""
+def _alone(model: Any, entry: str, data: bytes) -> bytes | None:
+    """The file with that entry's graph alone, for all others would be packed as well; None if others refer to places.
+
+    LiteRT tells what it does with a file's first graph.
+    """
     place = flatbuffer.signature(model, entry).subgraphIndex
-    if place == 0:
+    if len(model.subgraphs) == 1:
         return data
     if len(model.subgraphs) != len(model.signatureDefs):
-        return None
-    turned = flatbuffer.read(data)
-    turned.subgraphs.insert(0, turned.subgraphs.pop(place))
-    for item in turned.signatureDefs:
-        item.subgraphIndex = 0 if item.subgraphIndex == place else item.subgraphIndex + (item.subgraphIndex < place)
-    return flatbuffer.write(turned)
+        return data if place == 0 else None
+    alone = flatbuffer.read(data)
+    alone.subgraphs = [alone.subgraphs[place]]
+    alone.signatureDefs = [item for item in alone.signatureDefs if item.subgraphIndex == place]
+    for item in alone.signatureDefs:
+        item.subgraphIndex = 0
+    return flatbuffer.write(alone)
 
 
 def _outside(model: Any, entry: str, data: bytes) -> list[Any]:
@@ -31,7 +35,7 @@ def _outside(model: Any, entry: str, data: bytes) -> list[Any]:
 
     LiteRT lists a delegate's nodes with their inputs and outputs; what lies between those is the delegate's.
     """
-    asked = _in_front(model, entry, data)
+    asked = _alone(model, entry, data)
     if asked is None:
         return []
     try:
