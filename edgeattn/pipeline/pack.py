@@ -153,6 +153,11 @@ def _readme(manifest: Manifest) -> str:
                 '    python run.py --prompt "..."          # tokens; needs tokenizers beside the runtime',
                 "    python run.py --profile              # latency of a step on this device",
             ]
+        if manifest.backend == "gguf":
+            # llama.cpp's flash attention stops at heads of 192 and 128 (measured), and is on unless it is told.
+            run.append(
+                f'    llama-cli -m {next(iter(manifest.entries.values())).file} -fa off -p "..."   # llama.cpp itself'
+            )
     elif any(info.requirement for info in manifest.artifacts):
         run = [
             "    python run.py                        # check files and golden outputs",

@@ -210,3 +210,15 @@ def test_onnx_runtime_unpacks_what_was_packed(bits: int, count: int, width: int,
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=10)).SerializeToString()
     (y,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": np.eye(width, dtype="f4")})
     assert np.allclose(y.T, rounded(rows, bits, 32), atol=1e-5)
+
+
+def test_matrices_that_the_exporter_does_not_fold_are_in_blocks_too(tmp_path: Path) -> None:
+    """It leaves the transpose of a constant of a megabyte or more in the graph."""
+    large = {"num_attention_heads": 16, "kv_lora_rank": 256, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    wide = plm(**(SIZES | large | {"num_hidden_layers": 1})).eval()
+    form = reparameterize(wide, torch.zeros(1, 4, dtype=torch.int64)).model
+    lowered(capture_decoder(form, caches_of(wide, 64), STEPS), "w4", tmp_path)
+    graph = ir.load(tmp_path / "model.onnx").graph
+    assert Counter(node.op_type for node in graph)["MatMulNBits"] == 7 + 2 * 16 + 1
+    floats = [v for v in graph.initializers.values() if v.dtype == ir.DataType.FLOAT and "scale" not in str(v.name)]
+    assert max(v.const_value.nbytes for v in floats if v.const_value is not None) < 10_000

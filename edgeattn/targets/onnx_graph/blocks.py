@@ -47,6 +47,7 @@ class Blocks:
 
     def apply(self) -> list[dict[str, Any]]:
         """What was done: node, operation, module and bits of each."""
+        self._fold_shapes()
         for node in list(self._graph):
             weight = _weight(node)
             if weight is None:
@@ -68,6 +69,24 @@ class Blocks:
         if self.done:
             self._model.opset_imports[_DOMAIN] = 1
         return self.done
+
+    def _fold_shapes(self) -> None:
+        """Weights that are read transposed or in another shape become constants: the exporter leaves large ones."""
+        for node in list(self._graph):
+            weight = node.inputs[0] if node.op_type in ("Transpose", "Reshape") and node.inputs else None
+            if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+                continue
+            if node.op_type == "Transpose":
+                perm = node.attributes.get_ints("perm", ())
+                value = _array(weight).transpose(tuple(perm) or None)
+            elif node.inputs[1] is not None and node.inputs[1].const_value is not None:
+                value = _array(weight).reshape(node.inputs[1].const_value.numpy().tolist())
+            else:
+                continue
+            folded = self._constant(f"{weight.name}_{node.name}", value)
+            for use in tuple(node.outputs[0].uses()):
+                use.node.replace_input_with(use.idx, folded)
+            self._graph.remove(node, safe=True)
 
     def _constant(self, name: str, value: Array) -> ir.Value:
         tensor = ir.tensor(value, name=name)
