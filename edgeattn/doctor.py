@@ -37,7 +37,8 @@ _PACKAGES = (
     ("ai-edge-quantizer", "TFLite toolchain, int8 weights", "'edgeattn[tflite]'"),
     ("ai-edge-litert", "TFLite toolchain, runtime", "'edgeattn[tflite]'"),
     ("tensorrt-rtx", "TensorRT toolchain", "'edgeattn[tensorrt]'"),
-    ("jinja2", "HTML reports", "'edgeattn[report]'"),
+    ("tokenizers", "text of language models", "'edgeattn[text]'"),
+    ("jinja2", "HTML reports, chats", "'edgeattn[report,text]'"),
     ("plotly", "HTML reports", "'edgeattn[report]'"),
 )
 

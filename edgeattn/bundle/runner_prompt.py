@@ -288,7 +288,7 @@ _ENDED = {
 
 
 def figures(result: Data, random_weights: bool, timed: bool = True) -> list[str]:
-    """Lines about a result for a person; without times where they mean nothing."""
+    """Lines about a result for a person; without times and memory where an emulator's would mean nothing."""
     said = []
     for name, count, kind in (("prompt", "prompt_tokens", "prefill"), ("new", "tokens", "decode")):
         rate = result[f"{kind}_tokens_per_s"] if timed else None
@@ -300,7 +300,7 @@ def figures(result: Data, random_weights: bool, timed: bool = True) -> list[str]
     how += [f"seed {result['seed']}"] if result["seed"] is not None else []
     held = f"{result['cache_bytes'] / 1e6:.2f} MB" if result["cache_bytes"] else "kept by the runtime"
     memory = f"cache {held}, {result['cached']} of {result['context']} tokens in it"
-    memory += f"; peak memory {result['peak_rss_mb']:.0f} MB" if result.get("peak_rss_mb") else ""
+    memory += f"; peak memory {result['peak_rss_mb']:.0f} MB" if timed and result.get("peak_rss_mb") else ""
     lines = ["; ".join([*said, ", ".join(how)]), memory, _ENDED[result["finish"]].format(**result)]
     return lines + ["the weights are random: the text means nothing"] * random_weights
 

@@ -76,7 +76,8 @@ def command(
         click.echo(json.dumps(result, indent=1))
     else:
         _write("\n")
-        for line in figures(result, opened.manifest.weights.kind == "random", timed):
+        emulated = [f"on {device}, emulated: its tokens are the device's, its times would mean nothing"]
+        for line in [*figures(result, opened.manifest.weights.kind == "random", timed), *emulated[timed:]]:
             click.echo(line, err=True)
     if result["finish"] == "interrupted":
         sys.exit(INTERRUPTED)

@@ -34,9 +34,12 @@ PYTHON_PACKAGES = (
 ).split()
 
 #: Wheels, and the versions that were measured to work together; those installed here go first.
-WHEELS = {"numpy": "2.3.5", "onnxruntime": "1.32.0", "ai-edge-litert": "2.3.0"}
-#: What the runtimes import beside NumPy; any version does.
-COMPANIONS = ("flatbuffers", "protobuf", "packaging", "backports.strenum", "tqdm", "typing-extensions")
+WHEELS = {"numpy": "2.3.5", "onnxruntime": "1.32.0", "ai-edge-litert": "2.3.0", "tokenizers": "0.23.3"}
+#: What the runtimes import beside NumPy, and what fills chat templates in; any version does.
+COMPANIONS = (
+    *("flatbuffers", "protobuf", "packaging", "backports.strenum", "tqdm", "typing-extensions"),
+    *("jinja2", "markupsafe"),
+)
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 
 _DEB_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}

@@ -208,6 +208,28 @@ def test_the_command_line(both: Callable[[str], Bundle], edgeattn_cli) -> None: 
     assert "emulated" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("pi")
+@pytest.mark.parametrize("precision", ["fp32", "w4"])
+@pytest.mark.parametrize("target", ["onnx", "tflite"])
+def test_a_language_model_makes_its_text_there(  # type: ignore[no-untyped-def]
+    target: str, precision: str, tmp_path: Path, edgeattn_cli
+) -> None:
+    bundle = edgeattn.export("plm-tiny", target=target, precision=precision, output=tmp_path)
+    verified = open_transport("qemu://cortex-a76").run(bundle.path, ["--verify"])
+    assert verified["parts"][0]["golden"] == 2 * len(bundle.manifest.entries)
+    asked = ("generate", bundle.path, "--chat", "--prompt", "What does len do?", "-n", "12")
+    there = edgeattn_cli(*asked, "--device", "raspberry-pi-5")
+    assert there.returncode == 0, there.stderr
+    assert "emulated" in there.stderr
+    assert "tokens/s" not in there.stderr
+    if precision == "fp32":  # kernels for small weights differ from CPU to CPU, and a close call may go the other way
+        assert there.stdout == edgeattn_cli(*asked).stdout
+    answer = json.loads(edgeattn_cli(*asked, "--device", "raspberry-pi-5", "--json").stdout)
+    assert (answer["machine"], answer["emulated"], answer["text"]) == ("aarch64", True, there.stdout[:-1])
+    assert answer["cache_bytes"] == 4096 * 5 * (64 + 32) * 4
+
+
 #: How far the accuracy may drop, as a share.
 DROPS = {"fp16": 0.005, "w8": 0.005, "w8a8": 0.01, "w4": 0.02}
 

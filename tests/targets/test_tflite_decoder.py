@@ -14,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 import edgeattn
+from edgeattn.bundle.decoding import entry_info
 from edgeattn.bundle.runner_generate import Session
 from edgeattn.capture import Program, capture
 from edgeattn.capture.decoder import caches_of, capture_decoder
@@ -21,7 +22,6 @@ from edgeattn.core.numerics import TOLERANCES, Array, compare
 from edgeattn.core.specs import StepShape
 from edgeattn.models.layers.mla import AbsorbedAttention
 from edgeattn.models.plm import PLM, Layer, plm
-from edgeattn.pipeline.decoding.verify import entry_info
 from edgeattn.profile.transports import open_transport
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Keep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeattn import targets
+from edgeattn.bundle.decoding import session
 from edgeattn.bundle.runner_generate import Session
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array, Numerics, compare
@@ -30,23 +31,6 @@ SHOWN = 100
 AS_RUN = "as run"
 #: Random weights amplify rounding. What is more than so many times as far off as rounding alone is the target's doing.
 BEYOND_ROUNDING = 2.0
-
-
-def entry_info(artifact: Artifact) -> dict[str, Any]:
-    """Entries as a manifest has them."""
-    return {
-        name: {"inputs": [vars(t) for t in entry.inputs], "outputs": [vars(t) for t in entry.outputs]}
-        for name, entry in artifact.entries.items()
-    }
-
-
-def session(runtime: Runtime, artifact: Artifact, decoder: Mapping[str, Any]) -> Session:
-    """A sequence of tokens that the artifact computes."""
-
-    def opener(entry: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda feeds: runtime.run(entry, feeds)
-
-    return Session(dict(decoder), entry_info(artifact), getattr(runtime, "opened", opener))
 
 
 @dataclass(frozen=True)

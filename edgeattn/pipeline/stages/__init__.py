@@ -117,7 +117,7 @@ def _target_code(job: Job) -> tuple[str, ...]:
 
 
 def _decoding_code(job: Job) -> tuple[str, ...]:
-    return ("pipeline/decoding", "bundle/runner_generate.py") if job.steps else ()
+    return ("pipeline/decoding", "bundle/decoding.py", "bundle/runner_generate.py") if job.steps else ()
 
 
 def _quant_code(job: Job) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import edgeattn
+from edgeattn.bundle.decoding import session
 from edgeattn.bundle.runner_generate import Session
 from edgeattn.capture import Program
 from edgeattn.capture.decoder import caches_of, capture_decoder
@@ -19,7 +20,6 @@ from edgeattn.core.numerics import Array, compare
 from edgeattn.core.specs import StepShape
 from edgeattn.models.layers.mla import AbsorbedAttention, LatentAttention
 from edgeattn.models.plm import PLM, plm
-from edgeattn.pipeline.decoding.verify import session
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.targets.base import Artifact, LowerPlan
 from edgeattn.targets.tensorrt import TensorRTTarget
