@@ -121,6 +121,11 @@ class CoreMLTarget(Target):
             )
         return {**settled, "deployment": STATES_FROM}
 
+    def unproven_of(self, options: Mapping[str, str], decoder: bool = False) -> str:
+        """See ``Target.unproven_of``; of a decoder also how Core ML treats its cache."""
+        cache = "; that Core ML writes the cache in place, and that all functions share one state, is not proven"
+        return self.unproven + (cache if decoder else "")
+
     def lower_tools(self, precision: str) -> tuple[str, ...]:
         """The converter and what it computes with, and in 8 and 4 bits what finds palettes."""
         palettes = ("scikit-learn",) if precision in ("w8", "w4") else ()

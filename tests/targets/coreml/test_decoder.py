@@ -343,6 +343,13 @@ def test_it_is_made_for_the_first_system_with_states(target: CoreMLTarget) -> No
         target.settle_decoder(target.settle({}, old, "fp16"), {}, old, "fp16")
 
 
+def test_what_of_a_decoder_is_not_proven(target: CoreMLTarget) -> None:
+    plain, more = (target.unproven_of(target.settle({}, None), decoder) for decoder in (False, True))
+    assert plain == target.unproven
+    assert more.startswith(plain)
+    assert "share one state" in more
+
+
 def test_caches_of_several_lengths_cannot_share_a_state(model: PLM, target: CoreMLTarget, tmp_path: Path) -> None:
     made = captured(model, StepShape("decode_32", 1, 32), StepShape("decode_64", 1, 64))
     with pytest.raises(ConversionFailed, match="share a state") as caught:
