@@ -2,8 +2,8 @@
 
 What stays unproven: nothing of this ran on Apple hardware. The transcript was composed by hand after coremltools 9.0's
 documentation and issue tracker; that the stand-in has the real package's names and parameters is tested below, with the
-package as it can be imported here. What Core ML computes, how long it takes, where it places an operation, in which words
-it refuses, and whether a state made by one function of a package serves another, is not known from these tests.
+package as it can be imported here. What Core ML computes, how long it takes, where it places an operation, in which
+words it refuses, and whether a state made by one function serves another, is not known from these tests.
 """
 
 from __future__ import annotations
