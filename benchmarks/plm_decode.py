@@ -88,8 +88,9 @@ def make(layers: int, folder: Path) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     deploy: Any = reparameterize(model, torch.zeros(1, 4, dtype=torch.int64), shared=True).model
-    program = capture_decoder(deploy, caches_of(deploy, CONTEXT), [StepShape("decode", 1, CONTEXT, True)])
-    quant, sizes = QuantPlan("w4"), {}
+    shapes = [StepShape("decode", 1, CONTEXT, True), StepShape("prefill_128", 128, CONTEXT, True)]  # as in a bundle
+    program = capture_decoder(deploy, caches_of(deploy, CONTEXT), shapes)
+    quant = QuantPlan("w4")
     for name in ("onnx", "gguf"):
         target = targets.get(name)
         (folder / name).mkdir()
@@ -107,10 +108,12 @@ def make(layers: int, folder: Path) -> dict[str, Any]:
     name_nodes(wide)
     blocks(wide, quant)
     save(wide, folder / "expanded.onnx")
-    sizes["expanded"] = weight_bytes(wide)
-    sizes["latent"] = (folder / "onnx" / "model.onnx").stat().st_size
-    sizes["llama.cpp"] = (folder / "gguf" / "model.gguf").stat().st_size
-    return sizes
+    sizes = {"latent": folder / "onnx", "llama.cpp": folder / "gguf"}
+    return {
+        "latent": sum(file.stat().st_size for file in sizes["latent"].iterdir()),
+        "expanded": weight_bytes(wide),
+        "llama.cpp": sum(file.stat().st_size for file in sizes["llama.cpp"].iterdir()),
+    }
 
 
 def serve_onnx(path: Path, kind: str, layers: int) -> Callable[[int], list[float]]:
@@ -237,7 +240,7 @@ def run(layers: int, contexts: Sequence[int], rounds: int, llama: str) -> None:
         print("weights: " + ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in sizes.items()))
         for context in contexts:
             times: dict[str, list[float]] = {kind: [] for kind in workers}
-            for kind, worker in workers.items():
+            for worker in workers.values():
                 worker.ask(context)  # caches are filled, and everything is warm
             bandwidths = []
             for _ in range(rounds):
@@ -247,11 +250,11 @@ def run(layers: int, contexts: Sequence[int], rounds: int, llama: str) -> None:
             bandwidth = statistics.median(bandwidths)
             print(f"\ncontext {context}, copy bandwidth {bandwidth:.1f} GB/s")
             for kind, each in times.items():
-                moved = sizes[kind] + cache_bytes(kind, layers, context)
-                rate = moved / statistics.median(each) / 1e9
+                moved, took = sizes[kind] + cache_bytes(kind, layers, context), statistics.median(each)
+                rate = moved / took / 1e9
                 print(
-                    f"  {kind:10} {1 / statistics.median(each):6.1f} tokens/s  {statistics.median(each) * 1e3:6.1f} ms  "
-                    f"{moved / 1e6:6.0f} MB a token  {rate:5.1f} GB/s, {rate / bandwidth:4.0%} of the copy bandwidth"
+                    f"  {kind:10} {1 / took:6.1f} tokens/s  {took * 1e3:6.1f} ms  {moved / 1e6:6.0f} MB a token  "
+                    f"{rate:5.1f} GB/s, {rate / bandwidth:4.0%} of the copy bandwidth"
                 )
             for kind in ("llama.cpp", "expanded"):
                 print(f"  latent against {kind}: {ratio(times[kind], times['latent'])} as many tokens/s")
