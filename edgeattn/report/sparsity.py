@@ -96,15 +96,15 @@ def picture(found: Sparsity) -> str:
         ]
     legend = [(_ZERO, "zeros", 70)]
     if any(site.never for site in sites):
-        legend.append((_DEAD, f"units that are zero at every {row}", 220))
-    place = float(_LEFT)
+        legend.append((_DEAD, f"units that are zero at every {row}", 235))
+    place = float(_LEFT - 150)
     for colour, words, width in legend:
         parts.append(f'<rect x="{place}" y="{bottom + 22}" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(place + 18, bottom + 32, words))
         place += width
     bar = f"M{place} {bottom + 24}v8m0-4h24m0-4v8"
     parts.append(f'<path d="{bar}" stroke="#222" stroke-width="1.5" fill="none"/>')
-    parts.append(_text(place + 32, bottom + 32, f"from the {row} with the fewest to the one with the most"))
+    parts.append(_text(place + 32, bottom + 32, f"of a single {row}, lowest to highest"))
     return "\n".join([*parts, "</svg>", ""])
 
 
