@@ -108,8 +108,9 @@ def open_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _missing(name: str, purpose: str, error: ImportError) -> Refused:
-    return Refused(3, f"{name} is not installed", why=f"{purpose} ({error})", fix=f"python3 -m pip install {name}")
+def _missing(name: str, purpose: str, error: ImportError, all_needed: str = "") -> Refused:
+    fix = f"python3 -m pip install {all_needed or name}"
+    return Refused(3, f"{name} is not installed", why=f"{purpose} ({error})", fix=fix)
 
 
 def chat_prompt(decoder: Data, prompt: str, system: str | None) -> str:
@@ -124,7 +125,7 @@ def chat_prompt(decoder: Data, prompt: str, system: str | None) -> str:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise _missing("jinja2", "it fills the chat template in", error) from error
+        raise _missing("jinja2", "it fills the chat template in", error, "tokenizers jinja2") from error
 
     def refuse(message: str) -> None:
         raise TemplateError(message)

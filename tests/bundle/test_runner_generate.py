@@ -200,7 +200,8 @@ def test_a_fault_of_the_cache_shows() -> None:
         (WHOLE, 3, ["decode"] * 3),  # one by one is less than padding
         (WHOLE, FEW + 1, ["prefill_16"]),
         (WHOLE, 17, ["prefill_16", "decode"]),
-        (BUCKETS, 6, ["prefill_6_8"]),
+        (BUCKETS, FEW, ["decode_8"] * FEW),
+        (BUCKETS, FEW + 1, ["prefill_6_8"]),
         (BUCKETS, 12, ["prefill_6_8", "prefill_6_8"]),
         (BUCKETS, 20, ["prefill_6_8", "prefill_6_8", f"prefill_6_{CONTEXT}", "decode_48", "decode_48"]),
         (WITHOUT_PREFILL, 3, ["decode"] * 3),

@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 from edgeattn.bundle.runner_prompt import Choice, Request, figures, generate, tokens_of
 from edgeattn.bundle.runner_text import Numbers, Pieces, Refused
@@ -85,6 +87,17 @@ def test_a_prompt_as_long_as_the_context_is_taken() -> None:
     ids, shown = tokens_of(DECODER, Request(None, ",".join("1" * 8)), lambda name: name)
     assert len(ids) == 8
     assert isinstance(shown, Numbers)
+
+
+def test_a_token_that_begins_texts_is_the_templates_own_in_chats(tmp_path: Path) -> None:
+    made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="b"))
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    decoder = {**DECODER, "tokenizer": "tokenizer.json", "special_tokens": {}, "chat_template": "a"}
+    for asked, wanted in ((Request("a"), [0, 1]), (Request("b", chat=True), [1])):
+        ids, shown = tokens_of(decoder, asked, lambda name: str(tmp_path / name))
+        assert ids == wanted
+        assert isinstance(shown, Pieces)
 
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))

@@ -160,7 +160,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
     assert caught.value.code == 1
 
 
-@pytest.mark.parametrize(("name", "fix"), [("tokenizers", "tokenizers"), ("jinja2", "jinja2")])
+@pytest.mark.parametrize(("name", "fix"), [("tokenizers", "tokenizers"), ("jinja2", "tokenizers jinja2")])
 def test_a_missing_package_has_its_install_line(monkeypatch: pytest.MonkeyPatch, name: str, fix: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Refused, match=f"{name} is not installed") as caught:

@@ -274,7 +274,7 @@ def test_packages_that_are_missing(small: Bundle, words: Any, tmp_path: Path) ->
     failed(lacking, 3, "tokenizers is not installed", line.get(words, "python3 -m pip install tokenizers"))
     assert run(words(small, "--ids", "1", "--max-tokens", 2), block=block("tokenizers", "jinja2")).returncode == 0
     lacking = run([*asked, "--chat"], block=block("jinja2"))
-    failed(lacking, 3, "jinja2 is not installed", line.get(words, "python3 -m pip install jinja2"))
+    failed(lacking, 3, "jinja2 is not installed", line.get(words, "python3 -m pip install tokenizers jinja2"))
     assert run(asked, block=block("jinja2", "torch")).returncode == 0
 
 
