@@ -56,8 +56,9 @@ def command(bundle: str, device: str, backend: str | None, as_json: bool, **coun
         out.print(_plain(plain))
     out.print()
     first = results[0]
-    if len(opened.manifest.entries) > 1 and "timed" in first:
-        out.print(first["timed"], markup=False)
+    for result in results if len(opened.manifest.entries) > 1 else ():
+        if "timed" in result:
+            out.print(f"{result['backend']}: {result['timed']}", markup=False)
     out.print(f"{first['machine']}, {first['cpu']}, Python {first['python']}", markup=False)
     for when in ("before", "after"):
         state = ", ".join(f"{k} {v}" for k, v in first[when].items() if v not in (None, [], ""))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import edgeattn
-from edgeattn.bundle import Bundle
+from edgeattn.bundle import Bundle, runner
 
 
 def run(bundle: Path, *words: str, python: str = sys.executable, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -136,6 +136,17 @@ def test_a_bundle_of_two_says_what_is_missing(home: Path, tmp_path: Path) -> Non
     assert "pip install numpy onnxruntime" in missing[0]["fix"]
     assert run(bundle.path, "--backend", "onnx", PYTHONPATH=str(tmp_path)).returncode == 3
     assert run(bundle.path, "--backend", "coreml").returncode == 2
+
+
+def test_golden_samples_of_another_artifact_s_entries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [("golden/decode-000.npz", "decode"), ("golden/decode_8-000.npz", "decode_8")]
+    monkeypatch.setattr(runner, "golden_samples", lambda manifest, only="": files)
+    monkeypatch.setattr(runner, "golden_data", lambda name: ({}, {"y": np.ones(1)}))
+    part = {"backend": "onnx", "entries": {"decode": {"inputs": []}}, "runtimes": []}
+    found = runner.compare_golden({"tolerance": 0}, part, lambda entry: (lambda feeds: {"y": np.ones(1)}, "x 1"))
+    assert (found["golden"], found["holds"]) == (1, True)
+    nothing = runner.compare_golden({"tolerance": 0}, {**part, "entries": {}}, lambda entry: (dict, "x 1"))
+    assert not nothing["holds"]
 
 
 @pytest.fixture(scope="module")
