@@ -63,7 +63,7 @@ def test_everything_is_cached_after_an_export(job: Job) -> None:
         ("models/build.py", "build"),
         ("pipeline/stages/reference.py", "reference"),
         ("reparam/conv_bn.py", "reparameterize"),
-        ("capture", "capture"),
+        ("capture/export.py", "capture"),
         ("pipeline/stages/lower.py", "lower"),
         ("targets/onnx/lower.py", "lower"),
         ("targets/onnx_graph/fp16.py", "lower"),
