@@ -3,9 +3,10 @@
     python benchmarks/plm_decode.py [--layers 8] [--contexts 128 512 1024 2048 4096] [--rounds 9] [--llama PYTHON]
 
 The weights are random, and the depth is cut to ``--layers`` of 32, the vocabulary to 32,768 of 151,936, so that all
-three fit beside each other; both are printed. Weights are 4-bit in blocks of 32 in all of them (Q4_0 for llama.cpp).
-Each runs in a process of its own with two threads, and they take turns: in every round each decodes a few tokens behind
-the same number of cached ones. ``--llama`` is a Python that has llama-cpp-python, if this one has not.
+three fit beside each other; both are printed. Weights have 4.5 bits in all of them: llama.cpp's Q4_0 are blocks of 32
+with a scale in float16, ours are blocks of 64 with one in float32, the only kind that ONNX Runtime multiplies float32
+data with. Each runs in a process of its own with two threads, and they take turns: in every round each decodes a few
+tokens behind the same number of cached ones. ``--llama`` is a Python that has llama-cpp-python, if this one has not.
 
 Printed are tokens a second, ratios over the rounds with their spread, the bytes that a token has to move, and what
 share of this machine's copy bandwidth (read and written bytes, two threads, measured between the rounds) that is.
@@ -92,7 +93,7 @@ def make(layers: int, folder: Path) -> dict[str, Any]:
     deploy: Any = reparameterize(model, torch.zeros(1, 4, dtype=torch.int64), shared=True).model
     shapes = [StepShape("decode", 1, CONTEXT, True), StepShape("prefill_128", 128, CONTEXT, True)]  # as in a bundle
     program = capture_decoder(deploy, caches_of(deploy, CONTEXT), shapes)
-    quant = QuantPlan("w4")
+    quant = QuantPlan("w4", group=64)
     for name in ("onnx", "gguf"):
         target = targets.get(name)
         (folder / name).mkdir()

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgeattn.capture import Program
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
 from edgeattn.targets.onnx import FULL, HALF
-from edgeattn.targets.onnx_graph.blocks import blocks
+from edgeattn.targets.onnx_graph.blocks import blocks, divide_norms
 from edgeattn.targets.onnx_graph.caches import half_caches
 from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, step_entry, tensors, tidy
 from edgeattn.targets.onnx_graph.files import EXTERNAL_BYTES, EXTERNAL_BYTES_MAPPED, save, weight_bytes
@@ -87,6 +87,8 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             entries[name] = step_entry(made[id(entry.graph)], entry, program.decoder, plan.options["cache"])
             continue
         model = export(entry)
+        if program.decoder:
+            divide_norms(model)
         note: dict[str, Any] = {}
         if plan.precision == "fp16":
             model, kept = to_fp16(model, plan.samples_of(name), refused=_without_half_kernel)

@@ -21,6 +21,8 @@ from edgeattn.targets.onnx_graph.execute import module_of
 #: Data are rounded to 8 bits by blocks.
 ACCURACY_LEVEL = 4
 _DOMAIN = "com.microsoft"
+#: (H, T, N) to (T, H, N), and back.
+_TURN = (1, 0, 2)
 
 
 def packed(rows: Array, bits: int, group: int) -> tuple[Array, Array]:
@@ -122,15 +124,27 @@ class Blocks:
         self._replace(node, [self._n_bits(data, small, (rows.shape[1], rows.shape[0], bits, group))])
 
     def _by_head(self, node: ir.Node, weight: ir.Value, bits: int, group: int) -> None:
-        """A batched product (H, T, K) @ (H, K, N): a product for each head, as MatMulNBits has no batches."""
-        heads = _array(weight)
+        """A batched product (H, T, K) @ (H, K, N): a product for each head, as MatMulNBits has no batches.
+
+        Data that were transposed for it are taken as (T, H, K), and the result is transposed as a whole: ONNX Runtime
+        would push a transpose through every part, where it is most of the cost of a single token.
+        """
+        heads, data = _array(weight), node.inputs[0]
         count, width, wide = heads.shape
-        split = ir.node("Split", [node.inputs[0]], {"axis": 0, "num_outputs": count}, num_outputs=count)
+        before = data.producer() if data is not None else None
+        turned = (
+            before is not None and before.op_type == "Transpose" and before.attributes.get_ints("perm", ()) == _TURN
+        )
+        source = before.inputs[0] if before is not None and turned else data
+        axis = {"axis": int(turned)}
+        split = ir.node("Split", [source], axis | {"num_outputs": count}, num_outputs=count)
         made = [split]
         for i, (rows, part) in enumerate(zip(heads, split.outputs, strict=True)):
             small = self._small(f"{weight.name}_{i}", np.ascontiguousarray(rows.T), bits, group)
             made.append(self._n_bits(part, small, (width, wide, bits, group)))
-        made.append(ir.node("Concat", [m.outputs[0] for m in made[1:]], {"axis": 0}))
+        made.append(ir.node("Concat", [m.outputs[0] for m in made[1:]], axis))
+        if turned:
+            made.append(ir.node("Transpose", [made[-1].outputs[0]], {"perm": _TURN}))
         self._replace(node, made)
 
     def _gather(self, node: ir.Node, weight: ir.Value, bits: int, group: int) -> None:
@@ -187,3 +201,23 @@ def _weight(node: ir.Node) -> ir.Value | None:
 def blocks(model: ir.Model, plan: QuantPlan) -> list[dict[str, Any]]:
     """Store the weights of ``model``, in place, in blocks; what was done of each."""
     return Blocks(model, plan).apply()
+
+
+def divide_norms(model: ir.Model) -> None:
+    """x * (1 / sqrt(v)) as x / sqrt(v), in place: the form in which ONNX Runtime makes one operation of a norm."""
+    for node in list(model.graph):
+        root = node.inputs[0] if node.op_type == "Reciprocal" else None
+        producer = root.producer() if root is not None else None
+        if producer is None or producer.op_type != "Sqrt":
+            continue
+        uses = tuple(node.outputs[0].uses())
+        if any(use.node.op_type != "Mul" or use.node.inputs[1 - use.idx] is node.outputs[0] for use in uses):
+            continue
+        for use in uses:
+            product, other = use.node, use.node.inputs[1 - use.idx]
+            quotient = ir.node("Div", [other, root], name=product.name)
+            quotient.metadata_props.update(product.metadata_props)
+            last, out = quotient.outputs[0], product.outputs[0]
+            last.name, last.type, last.shape = out.name, out.type, out.shape
+            ir.convenience.replace_nodes_and_values(model.graph, product, [product], [quotient], [out], [last])
+        model.graph.remove(node, safe=True)
