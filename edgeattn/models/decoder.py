@@ -65,7 +65,3 @@ def as_step(model: nn.Module, with_last: bool) -> nn.Module:
     step = copy.copy(model)
     step.__class__ = Step
     return step
-
-
-#: As ``as_step`` was called before.
-Step = as_step

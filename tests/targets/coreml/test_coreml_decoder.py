@@ -17,7 +17,7 @@ from edgeattn.capture.decoder import caches_of, capture_decoder
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array, compare
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION, StepShape, new_name
-from edgeattn.models.decoder import Step
+from edgeattn.models.decoder import as_step
 from edgeattn.models.layers.mla import AbsorbedAttention, LatentAttention
 from edgeattn.models.plm import PLM, plm
 from edgeattn.quant.plan import QuantPlan
@@ -121,7 +121,7 @@ class Functional:
         self.cache = [torch.zeros(1, CONTEXT, width) for _, width in model.cache_rows()]
 
     def feed(self, ids: Array) -> Array:
-        step, position = Step(self.model, False), torch.tensor([self.position])
+        step, position = as_step(self.model, False), torch.tensor([self.position])
         with torch.no_grad():
             logits, *rows = step(torch.from_numpy(ids[None]), position, *self.cache)
         for held, new in zip(self.cache, rows, strict=True):
