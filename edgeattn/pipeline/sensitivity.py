@@ -116,7 +116,7 @@ def find_sensitivity(job: Job, progress: Progress, what: str = WHAT[0], on: int 
         what: one of ``WHAT``. on: samples that errors are measured on.
 
     Raises:
-        UsageError: nothing is quantized. CheckFailed: the plan leaves nothing to quantize.
+        UsageError: nothing is quantized, or the model is exported with a cache. CheckFailed: the plan leaves nothing to quantize.
         ConversionFailed: the model cannot be built or captured.
     """
     if not job.quant.quantizes:
@@ -126,6 +126,14 @@ def find_sensitivity(job: Job, progress: Progress, what: str = WHAT[0], on: int 
             where="--precision",
             why="sensitivity is to quantization",
             fix=f"--precision {', '.join(BITS)}",
+        )
+    if job.resolved.recipe.decoder is not None:
+        raise UsageError(
+            "the modules of a decoder with a cache are not ranked",
+            value=job.resolved.recipe.name,
+            where="decoder",
+            why="errors are measured on one forward, and a decoder's are of a text",
+            fix="rank it as one forward: a copy of the recipe without [decoder]",
         )
     job, cache = job.parts[0], Cache.default()
     done = run_plan(job, cache, progress, upto="quantize")

@@ -196,3 +196,10 @@ def test_the_picture_escapes_names_and_shows_what_is_not_finite() -> None:
     assert any("random" in text for text in texts)
     assert any("to be kept" in text for text in texts)
     assert "9 times as loud" in found.toml()
+
+
+def test_a_decoder_is_refused_in_words(edgeattn_cli: Cli) -> None:
+    done = edgeattn_cli("sensitivity", "plm-tiny", "--target", "onnx", "--precision", "w4")
+    assert done.returncode == 2
+    assert "the modules of a decoder with a cache are not ranked" in done.stderr
+    assert "without [decoder]" in done.stderr
