@@ -1,4 +1,6 @@
-"""What exporting PLM-1.8B takes, weights random: time, peak memory against the checkpoint in float32, and that it speaks.
+"""What exporting PLM-1.8B takes: time, peak memory against the checkpoint in float32, and that the bundle makes tokens.
+
+Without ``--checkpoint`` the weights are random.
 
     python benchmarks/plm_export.py [--precisions w4 w8] [--checkpoint DIR]
 
