@@ -1,11 +1,11 @@
 """English text that every machine with Python has under a free licence: Python's own documentation.
 
-Docstrings, signatures and comments of the standard library (its files are read, nothing is imported), the language
-reference of ``pydoc_data.topics``, the docstrings of the built-in types, and the licence itself. It is under the PSF
-License Agreement (https://docs.python.org/3/license.html, which also lists the parts with free licences of their own).
-What it says differs between versions of Python.
+Docstrings and signatures of the standard library (read with ``ast``, nothing is imported), the language reference of
+``pydoc_data.topics``, the docstrings of the built-in types, and the licence itself. It is under the PSF License
+Agreement (https://docs.python.org/3/license.html, which also lists the parts with free licences of their own). What it
+says differs between versions of Python.
 
-A document is what a whole module says of itself, a topic, or all comments of a module; no docstring occurs in two.
+A document is a whole module, a topic, or a built-in module; no docstring occurs in two of them.
 """
 
 from __future__ import annotations
@@ -110,30 +110,20 @@ def _source_parts(
             yield from _source_parts([*node.body, *node.orelse], prefix, inside, depth)
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def _module_name(path: Path, root: Path) -> str:
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _sources(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and source of every module of the standard library."""
+def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         folders = path.relative_to(root).parts[:-1]
         if _SKIPPED & set(folders) or "pydoc_data" in folders:
             continue
-        yield _module_name(path, root), path.read_bytes()
-
-
-def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
-    for name, source in _sources(root):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old escapes in strings
-                yield name, ast.parse(source)
+                yield _module_name(path, root), ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # files that test what Python refuses
             continue
 
@@ -162,39 +152,17 @@ def _topics() -> Iterator[Document]:
 
 def licence() -> str:
     """Python's licence; empty where this installation does not keep it."""
-    places = [_library() / "LICENSE.txt", *(Path(sys.base_prefix, name) for name in ("LICENSE.txt", "LICENSE"))]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    places = [library / "LICENSE.txt", *(Path(sys.base_prefix, name) for name in ("LICENSE.txt", "LICENSE"))]
     found = next((path for path in places if path.is_file()), None)
     return found.read_text("utf-8") if found else ""
 
 
-def _prose(comment: str) -> bool:
-    """Whether a comment is a text: long enough, and no code or drawing."""
-    plain = sum(letter.isalpha() or letter in " ,.'\n" for letter in comment)
-    return len(comment) >= 80 and plain >= 0.9 * len(comment)
-
-
-def comments(held: list[Document]) -> list[Document]:
-    """What the standard library's comments say, a document for each module that is not held out, nothing twice."""
-    names = {document.name for document in held}
-    seen = {part.strip() for document in held for part in document.text.split("\n\n")}
-    found = []
-    for name, source in _sources(_library()):
-        parts = [name]
-        for block in re.findall(r"(?:^[ \t]*#.*\n)+", source.decode("utf-8", "replace"), re.MULTILINE):
-            lines = [re.sub(r"^\s*#+ ?", "", line) for line in block.splitlines()]
-            text = _tidy("\n".join(lines))
-            if _prose(text) and text not in seen:
-                seen.add(text)
-                parts.append(text)
-        if name not in names and len(parts) > 1:
-            found.append(Document(f"{name} comments", "\n\n".join(parts)))
-    return found
-
-
 def documents() -> list[Document]:
     """All documents of this Python, in an order that depends on their names alone."""
-    write, found = _Writer(set()), []
-    for name, tree in _modules(_library()):
+    library, write = Path(sysconfig.get_paths()["stdlib"]), _Writer(set())
+    found = []
+    for name, tree in _modules(library):
         own = (name, "", ast.get_docstring(tree, clean=False) or "", 0)
         found.append(write.document(name, iter([own, *_source_parts(tree.body, name)])))
     built_in = sorted({"builtins", "math", "time", "itertools", "_collections", "_functools", "_io"})

@@ -116,7 +116,8 @@ def find_sensitivity(job: Job, progress: Progress, what: str = WHAT[0], on: int 
         what: one of ``WHAT``. on: samples that errors are measured on.
 
     Raises:
-        UsageError: nothing is quantized, or the model is exported with a cache. CheckFailed: the plan leaves nothing to quantize.
+        UsageError: nothing is quantized, or the model is exported with a cache.
+        CheckFailed: the plan leaves nothing to quantize.
         ConversionFailed: the model cannot be built or captured.
     """
     if not job.quant.quantizes:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from edgeattn.bundle.runner_prompt import Choice, Request, figures, generate, to
 from edgeattn.bundle.runner_text import Numbers, Pieces, Refused
 
 DECODER: dict[str, Any] = {"context": 8, "vocabulary": 5, "stop": (4,), "tokenizer": "", "chat_template": ""}
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: what runs in the background is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def request(**given: Any) -> Request:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import edgeattn
-from edgeattn import recipe
 from edgeattn.bundle import Bundle
 from edgeattn.bundle.manifest import FileInfo
 from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.hashing import sha256_file
+from edgeattn.core.schema import find
 from edgeattn.targets.coreml.facts import operations
 from edgeattn.targets.coreml.mil.package import open_package
 
@@ -213,8 +213,8 @@ def test_options_are_checked(net: Path, tmp_path: Path) -> None:
 
 def test_digits_as_a_classifier_of_pixels(tmp_path: Path) -> None:
     """An app's own pictures go in, a label comes out; the numbers are those of the model outside."""
-    text = Path(recipe.schema.find("recipes")["fmvit-digits"]).read_text()
-    folder = Path(recipe.schema.find("recipes")["fmvit-digits"]).parent
+    text = Path(find("recipes")["fmvit-digits"]).read_text()
+    folder = Path(find("recipes")["fmvit-digits"]).parent
     text = text.replace('"checkpoints/', f'"{folder}/checkpoints/').replace('"data/', f'"{folder}/data/')
     labels = json.dumps([str(number) for number in range(10)])
     named = f'labels = {labels}\nauthor = "Someone"\n{text}'

@@ -14,7 +14,7 @@ from edgeattn.targets.onnx import FULL, HALF
 from edgeattn.targets.onnx_graph.blocks import blocks, divide_norms
 from edgeattn.targets.onnx_graph.caches import half_caches
 from edgeattn.targets.onnx_graph.export import OPSET, export, name_nodes, step_entry, tensors, tidy
-from edgeattn.targets.onnx_graph.files import EXTERNAL_BYTES, EXTERNAL_BYTES_MAPPED, save, weight_bytes
+from edgeattn.targets.onnx_graph.files import save, weight_bytes
 from edgeattn.targets.onnx_graph.fp16 import to_fp16
 from edgeattn.targets.onnx_graph.qdq import CPU_INT7, CPU_INT8, Calibration, in_floats, nothing_to_quantize, weighted
 from edgeattn.targets.onnx_graph.weights import small_weights, weights_words
@@ -105,7 +105,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
             half_caches(model, {row for row, _ in program.decoder.rows})
         tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         file = "model.onnx" if name == "main" or entry.dynamic else f"{name}.onnx"
-        save(model, out / file, EXTERNAL_BYTES_MAPPED if program.decoder else EXTERNAL_BYTES)
+        save(model, out / file, mapped=program.decoder is not None)
         made[id(entry.graph)] = file
         if program.decoder:
             entries[name] = step_entry(file, entry, program.decoder, plan.options["cache"])

@@ -20,8 +20,9 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def save(model: ir.Model, path: Path, largest: int = EXTERNAL_BYTES) -> None:
-    """Write ``model``, its weights beside it as ``NAME.onnx.data`` if they are more than ``largest`` bytes."""
+def save(model: ir.Model, path: Path, mapped: bool = False) -> None:
+    """Write ``model``, large weights beside it as ``NAME.onnx.data``; with ``mapped`` not only the largest."""
+    largest = EXTERNAL_BYTES_MAPPED if mapped else EXTERNAL_BYTES
     ir.save(model, path, external_data=f"{path.name}.data" if weight_bytes(model) > largest else None)
 
 

@@ -57,7 +57,8 @@ def tensorrt(flavour: str) -> tuple[Any, str]:
         ToolchainMissing: neither is installed.
     """
     for name in (PACKAGES[flavour], *PACKAGES.values()):
-        if importlib.util.find_spec(name.replace("-", "_")):
+        found = importlib.util.find_spec(name.replace("-", "_"))
+        if found is not None and found.origin:  # a folder of that name has none
             return importlib.import_module(name.replace("-", "_")), name
     raise ToolchainMissing("TensorRT's parser is missing", fix="pip install 'edgeattn[tensorrt]'")
 
