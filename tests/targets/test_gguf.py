@@ -533,11 +533,13 @@ if wanted["texts"]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> dict[str, str]:
-    """An environment in which llama_cpp can be imported: installed, named by ``PREBUILT``, or compiled here."""
+    """An environment in which llama_cpp can be imported: installed, in the folder ``PREBUILT``, or compiled here."""
     if tools.version("llama-cpp-python"):
         return dict(os.environ)
     folder = os.environ.get(PREBUILT)
-    if folder is None:
+    if not folder:
+        pytest.skip(f"llama-cpp-python is not installed; {PREBUILT}=build compiles it, which takes 5 to 25 minutes")
+    if folder == "build":
         missing = [name for name in ("cc", "c++") if shutil.which(name) is None]
         if missing:
             pytest.skip(f"llama-cpp-python is compiled, and there is no {' and no '.join(missing)} here")
