@@ -84,7 +84,7 @@ def test_targets_do_not_import_each_other() -> None:
 
 
 #: The runner travels in every bundle as one file, whatever it has to do there.
-LONGER = {"bundle/runner.py": 635}
+LONGER = {"bundle/runner.py": 608}
 
 
 def test_no_file_is_longer_than_500_lines() -> None:

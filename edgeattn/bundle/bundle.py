@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,24 @@ from edgeattn.core.numerics import Array, Numerics, compare
 from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor, own_widths
 
 RUNNER = Path(__file__).with_name("runner.py")
-#: What the runner needs beside it for artifacts of a backend, by name in the bundle.
-RUNNER_PARTS = {
-    backend: {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in names}
-    for backend, names in {"coreml": ("coreml",), "gguf": ("gguf",), "tensorrt": ("tensorrt", "cuda")}.items()
-}
-
-
-#: Held-out samples that travel with a bundle, and what scores them there.
+#: Held-out samples that travel with a bundle.
 SCORED = "heldout.npz"
-_SCORE = {"run_score.py": RUNNER.with_name("runner_score.py")}
-#: What makes tokens with a decoder.
-_GENERATE = {f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in ("generate", "prompt", "text")}
-#: What keeps its cache, by backend, where that is not the caller.
-_CACHE = {
+#: What the runner needs beside it for artifacts of a backend, and for the cache of a decoder where that keeps it.
+_BACKENDS = {"coreml": ("coreml",), "gguf": ("gguf",), "tensorrt": ("tensorrt", "cuda")}
+_CACHES = {
     "tensorrt": {"run_cache.py": RUNNER.with_name("runner_cache.py")},
     "tflite": {"run_steps.py": RUNNER.parents[1] / "targets" / "tflite" / "steps.py"},
 }
+
+
+def runner_files(backends: Collection[str], *, scored: bool, decoder: bool) -> dict[str, Path]:
+    """The runner of a bundle with artifacts of these backends: its files by their names in the bundle."""
+    names = ["inputs", *(name for backend in backends for name in _BACKENDS.get(backend, ()))]
+    names += ["score"] * scored + ["generate", "prompt", "text"] * decoder
+    files = {"run.py": RUNNER, **{f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in names}}
+    for backend in backends if decoder else ():
+        files |= _CACHES.get(backend, {})
+    return files
 
 
 @dataclass(frozen=True)
@@ -234,14 +235,10 @@ def write_bundle(
             shutil.copyfile(source, place)
         shutil.copytree(golden, folder / "golden")
         if any(info.requirement for info in manifest.artifacts):
-            shutil.copyfile(RUNNER, folder / "run.py")
-            parts = [RUNNER_PARTS.get(info.backend, {}) for info in manifest.artifacts]
-            parts += [_SCORE] if (folder / SCORED).is_file() else []
-            parts += [_GENERATE] if manifest.decoder else []
-            parts += [_CACHE.get(info.backend, {}) for info in manifest.artifacts if manifest.decoder]
-            for part in parts:
-                for name, source in part.items():
-                    shutil.copyfile(source, folder / name)
+            backends = [info.backend for info in manifest.artifacts]
+            scored, decoder = (folder / SCORED).is_file(), manifest.decoder is not None
+            for name, source in runner_files(backends, scored=scored, decoder=decoder).items():
+                shutil.copyfile(source, folder / name)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         files: dict[str, Any] = {
             path.relative_to(folder).as_posix(): FileInfo(sha256=sha256_file(path), size=path.stat().st_size)

@@ -40,7 +40,7 @@ MODULES = {
     **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
 #: Backends whose part of this runner is a module of its own beside it, which uses this one as ``run``.
-PARTS = {name: f"run_{name}" for name in ("coreml", "tensorrt", "score", "prompt", "steps")}
+PARTS = {name: f"run_{name}" for name in ("coreml", "tensorrt", "inputs", "score", "prompt", "steps")}
 PARTS["llama"] = "run_gguf"
 #: ONNX Runtime's sessions and TFLite's interpreters by file: the entries of one share it, and its weights.
 _OPENED: dict[str, Any] = {}
@@ -454,45 +454,6 @@ def peak_rss_mb() -> float | None:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def run_inputs(manifest: Data, part: Data, texts: list[str], entry: str, threads: int) -> Data:
-    """Run one entry on .npy files and save what comes out."""
-    import numpy as np
-
-    if entry not in part["entries"]:
-        raise Problem(2, f"no entry {entry!r}; there are {', '.join(part['entries'])}")
-    feeds = {}
-    for text in texts:
-        name, _, path = text.partition("=")
-        try:
-            feeds[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise Problem(2, f"--input {text}: {error}") from error
-        if not isinstance(feeds[name], np.ndarray):
-            raise Problem(2, f"--input {text}: holds several arrays; save one with numpy.save")
-    wanted = part["entries"][entry]["inputs"]
-    for spec in wanted:
-        given = feeds.get(spec["name"])
-        if given is None:
-            raise Problem(2, f"missing --input {spec['name']}=FILE.npy")
-        ends = {axis: range(low, high + 1, *step) for axis, low, _, high, *step in spec.get("dynamic", ())}
-        sizes = [ends.get(axis, range(size, size + 1)) for axis, size in enumerate(spec["shape"])]
-        fits = len(sizes) == given.ndim and all(n in size for n, size in zip(given.shape, sizes))  # noqa: B905
-        if not fits or str(given.dtype) != spec["dtype"]:
-            words = [f"{s[0]} to {s[-1]}" + f" by {s.step}" * (s.step > 1) if s[1:] else str(s[0]) for s in sizes]
-            has, needs = f"{given.shape} {given.dtype}", f"({', '.join(words)}) {spec['dtype']}"
-            raise Problem(2, f"input {spec['name']} is {has}, wanted is {needs}")
-    if unknown := sorted(set(feeds) - {spec["name"] for spec in wanted}):
-        raise Problem(2, f"no input named {', '.join(unknown)}")
-    check_first_use(manifest, part, threads)
-    run, runtime = open_entry(part, entry, threads)
-    saved = {}
-    for name, value in run(feeds).items():
-        path = f"output.{name.replace(os.sep, '_')}.npy"
-        np.save(path, value)
-        saved[name] = {"file": path, "shape": list(value.shape), "dtype": str(value.dtype)}
-    return {"backend": part["backend"], "runtime": runtime, "threads": threads, "outputs": saved, "holds": True}
-
-
 def show(result: Data) -> str:
     """The result for a person."""
     if "text" in result:
@@ -588,7 +549,7 @@ def work(options: argparse.Namespace, answers: Any) -> Data:
     if text:
         result = own("prompt").on_device(manifest, part, options, threads, answers)
     elif options.input:
-        result = run_inputs(manifest, part, options.input, options.entry, threads)
+        result = own("inputs").run_inputs(manifest, part, options.input, options.entry, threads)
     elif options.score and "heldout.npz" not in manifest["files"]:
         raise Problem(2, "the bundle has no held-out samples to be scored on", "run.py --verify compares golden ones")
     elif options.score:

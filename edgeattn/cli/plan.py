@@ -22,7 +22,7 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
     import json
 
     from edgeattn import targets
-    from edgeattn.bundle.bundle import RUNNER_PARTS
+    from edgeattn.bundle.bundle import runner_files
     from edgeattn.cli._show import console, table
     from edgeattn.core.errors import ToolchainMissing
     from edgeattn.pipeline.cache import Cache
@@ -51,7 +51,7 @@ def command(args: tuple[str, ...], output: str, as_json: bool, **given: Any) -> 
         written = [e["file"] for e in lowered.facts["entries"].values()] if lowered else [f"the {target} artifact"]
         files += sorted(set(written))
     if any(targets.get(target).package() for target in plans):
-        files += ["run.py", *(name for target in plans for name in RUNNER_PARTS.get(target, ()))]
+        files += runner_files(list(plans), scored=False, decoder=job.resolved.recipe.decoder is not None)
     if as_json:
         stages = [
             {

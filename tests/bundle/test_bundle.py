@@ -24,9 +24,9 @@ def check(path) -> None:
 def test_a_bundle_verifies(tiny):
     bundle = Bundle.open(str(tiny.path))
     verified = bundle.verify()
-    assert verified.files == 5
+    assert verified.files == 6
     assert sorted(bundle.manifest.files) == [
-        "README.md", "golden/main-000.npz", "golden/main-001.npz", "model.onnx", "run.py",
+        "README.md", "golden/main-000.npz", "golden/main-001.npz", "model.onnx", "run.py", "run_inputs.py",
     ]  # fmt: skip
     assert verified.worst.relative_l2 == 0.0
     assert sorted(verified.numerics) == ["golden/main-000.npz", "golden/main-001.npz"]

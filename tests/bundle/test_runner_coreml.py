@@ -25,7 +25,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeattn.bundle import Bundle, runner
-from edgeattn.bundle.bundle import RUNNER_PARTS
+from edgeattn.bundle.bundle import RUNNER
 from edgeattn.cli import cli
 from edgeattn.core.errors import CheckFailed
 from tests.bundle import coreml_stand_in
@@ -424,7 +424,7 @@ def test_the_part_travels_only_where_it_is_needed(bundle: Bundle, tiny: Bundle, 
 
 
 def test_it_is_python_3_9_and_imports_the_standard_library_at_the_top() -> None:
-    (source,) = RUNNER_PARTS["coreml"].values()
+    source = RUNNER.with_name("runner_coreml.py")
     tree = ast.parse(source.read_text(encoding="utf-8"), feature_version=(3, 9))
     imported = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
     imported |= {str(n.module) for n in tree.body if isinstance(n, ast.ImportFrom)}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from edgeattn.bundle import runner
-from edgeattn.bundle.bundle import RUNNER_PARTS
+from edgeattn.bundle.bundle import RUNNER
 from edgeattn.bundle.runner_generate import Session
 
-SOURCE = RUNNER_PARTS["gguf"]["run_gguf.py"]
+SOURCE = RUNNER.with_name("runner_gguf.py")
 ENTRIES: dict[str, Any] = {
     name: {
         "file": "model.gguf",
