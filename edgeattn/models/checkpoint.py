@@ -8,7 +8,7 @@ import json
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(
+        "the checkpoint is damaged",
+        value=path,
+        why=f"not a whole safetensors file: {error}",
+        fix="copy it again, or compare its SHA-256 with the sender's",
+    )
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The named tensors of a .safetensors file, or of a .pth / .pt / .bin file read with ``weights_only=True``.
 
@@ -73,12 +82,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         try:
             return _bare(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
-            raise UsageError(
-                "the checkpoint is damaged",
-                value=path,
-                why=f"not a whole safetensors file: {error}",
-                fix="copy it again, or compare its SHA-256 with the sender's",
-            ) from error
+            raise _damaged(path, error) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -156,6 +160,12 @@ def _refuse(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str)
         )
 
 
+def _converter(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """What becomes of a checkpoint's tensor: ``from_released(name, tensor)`` of models that store some otherwise."""
+    found: Callable[[str, Tensor], Tensor] = getattr(model, "from_released", lambda name, value: value)
+    return found
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put ``state`` into ``model``; names and shapes must match exactly.
 
@@ -164,7 +174,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             kind, such as integers for floats; the model is untouched.
     """
     _refuse(model.state_dict(), state, source)
-    model.load_state_dict(dict(state), strict=False)
+    convert = _converter(model)
+    model.load_state_dict({name: convert(name, value) for name, value in state.items()}, strict=False)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -209,14 +220,13 @@ def load_folder(model: nn.Module, folder: Path) -> None:
     """Put the weights of a folder in Hugging Face's layout into ``model``, one tensor after the other.
 
     Files are memory-mapped; a tensor that has the model's dtype and needs no change is used as it lies there, so that
-    there is never more than one copy in memory. A model that stores some weights otherwise than the files has a method
-    ``from_released(name, tensor)``. Weights of ``model`` may be on the meta device.
+    there is never more than one copy in memory. Weights of ``model`` may be on the meta device.
 
     Raises:
         UsageError: damaged, or lists every missing, extra and mis-shaped tensor; the model is untouched then.
     """
     own, files, given = dict(model.state_dict()), {}, dict[str, Tensor]()
-    convert = getattr(model, "from_released", lambda name, value: value)
+    convert = _converter(model)
     with contextlib.ExitStack() as stack:
         for path in _shards(folder):
             try:
@@ -224,12 +234,7 @@ def load_folder(model: nn.Module, folder: Path) -> None:
                 for name in file.keys():  # noqa: SIM118 (it is no mapping)
                     files[name], given[name] = file, file.get_tensor(name)
             except (SafetensorError, OSError, ValueError) as error:
-                raise UsageError(
-                    "the checkpoint is damaged",
-                    value=path,
-                    why=f"not a whole safetensors file: {error}",
-                    fix="copy it again, or compare its SHA-256 with the sender's",
-                ) from error
+                raise _damaged(path, error) from error
         _refuse(own, given, str(folder))
         del given
         for name, file in files.items():

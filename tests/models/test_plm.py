@@ -179,6 +179,20 @@ def test_a_released_folder_is_read(tmp_path: Path) -> None:
     assert {p.dtype for p in built.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_file_of_released_weights_is_put_in_order_as_a_folder_is(tmp_path: Path, kind: str) -> None:
+    """Read as it stands it would be another model, and every export of that would hold."""
+    model = small()
+    state = {k: v.contiguous() for k, v in interleaved(model.state_dict(), model.config).items()}
+    file = tmp_path / f"plm.{kind}"
+    if kind == "pth":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    sizes = recipes.resolve("edgeattn.models.plm:plm", inputs=["ids=1x8:int64:0..210"], checkpoint=file, args=SIZES)
+    assert torch.equal(build(sizes).model(torch.arange(8)[None]), model(torch.arange(8)[None]))
+
+
 def test_sharded_folders_are_read_and_may_not_leave_themselves(tmp_path: Path) -> None:
     model = small()
     folder = released(tmp_path / "plm", model)
