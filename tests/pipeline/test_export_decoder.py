@@ -246,6 +246,29 @@ def test_a_model_without_a_cache_is_told_so(tmp_path: Path) -> None:
     assert "cache_rows" in str(caught.value.why)
 
 
+def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words")
+    text = RECIPE.replace("steps = 40", 'steps = 40\ntext = "text.txt"')
+    with pytest.raises(UsageError, match="no tokenizer for the recipe's text"):
+        edgeattn.export(recipe(tmp_path, text), target="null", output=tmp_path)
+
+
+def test_sparse_positions_are_enough_to_compare_prefill_with_decode() -> None:
+    """Of a large vocabulary logits are kept at few positions: here none within a prefill's length of it."""
+    logits = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    text = Text(np.arange(40), np.array([3, 20, 39]), logits, np.zeros(1), np.zeros(1), np.zeros(()), {})
+    fed: list[int] = []
+
+    def feed(ids: Array) -> Array:
+        fed.append(len(ids))
+        return logits[1]
+
+    one = SimpleNamespace(reset=lambda: None, feed=feed)
+    bounds = verify._Bounds("fp32", 1e-5, 1.0005)
+    assert verify._check_prefill(text, one, 4, text.at, logits, bounds) == 0  # type: ignore[arg-type]
+    assert fed == [21]
+
+
 def test_data_of_a_decoder_are_not_quantized(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="data are not quantized"):
         job(tmp_path, "onnx", "w8a8")

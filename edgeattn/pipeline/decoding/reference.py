@@ -31,8 +31,16 @@ def read_text(resolved: Resolved, vocabulary: int) -> tuple[Array | None, str]:
     Raises:
         UsageError: the text cannot be read, or its tokens are not the model's. ToolchainMissing: no tokenizers.
     """
-    if resolved.text is None or resolved.tokenizer is None:
+    if resolved.text is None:
         return None, "random tokens"
+    if resolved.tokenizer is None:
+        raise UsageError(
+            "there is no tokenizer for the recipe's text",
+            value=resolved.text,
+            where="decoder.text",
+            why="the checkpoint is no folder with a tokenizer.json, and the recipe names none",
+            fix="give the checkpoint's folder, or write tokenizer = FOLDER into [decoder]",
+        )
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

@@ -191,7 +191,9 @@ def _check_text(measured: Mapping[str, Any], bounds: _Bounds) -> None:
 
 def _check_prefill(text: Text, one: Session, prefilled: int, at: Array, logits: Array, bounds: _Bounds) -> float:
     """Relative L2 between a prefill with tokens decoded after it, and all of them prefilled."""
-    (after,) = np.flatnonzero((at >= prefilled) & (at < 2 * prefilled))[-1:]
+    behind = np.flatnonzero(at >= prefilled)
+    near = behind[at[behind] < 2 * prefilled]
+    after = near[-1] if len(near) else behind[0]  # of a large vocabulary there may be none so soon
     one.reset()
     whole = one.feed(text.ids[: at[after] + 1])
     distance = compare(logits[after], whole).relative_l2
