@@ -177,6 +177,31 @@ def test_a_cache_that_is_not_seen_fails_over_the_text(context: Context, monkeypa
     assert caught.value.where == "held-out text, decoded with the cache"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_far_into_the_text(
+    value: float, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a float16 that overflows in a long context; NaN is no more than any bound."""
+
+    def change(entry: str, feeds: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Array]:
+        if feeds["position"][0] != 50:
+            return outputs
+        return outputs | {"logits": np.where(np.arange(96) == 5, np.float32(value), outputs["logits"])}
+
+    with pytest.raises(CheckFailed, match="numbers do not hold") as caught:
+        verified(context, monkeypatch, change)
+    assert (caught.value.value, "position 50" in str(caught.value.where)) == ("1 of 96 logits are not finite", True)
+
+
+def test_a_longer_prefill_that_is_not_finite() -> None:
+    logits = np.ones((3, 5), np.float32)
+    text = Text(np.arange(40), np.array([3, 5, 39]), logits, np.zeros(1), np.zeros(1), np.zeros(()), {})
+    one = SimpleNamespace(reset=lambda: None, feed=lambda ids: np.array([1, 1, 1, 1, np.nan], np.float32))
+    with pytest.raises(CheckFailed) as caught:
+        verify._check_prefill(text, one, 4, text.at, logits, verify._Bounds("w4", 0.3, 1.1))  # type: ignore[arg-type]
+    assert "1 values not finite" in str(caught.value.value)
+
+
 def test_errors_that_grow_from_step_to_step_are_drift() -> None:
     bounds = verify._Bounds("fp32", 1e-5, 1.0005)
     steady = {"perplexity_ratio": 1.0, "perplexity": 1.0, "perplexity_reference": 1.0, "relative_l2": 5e-6}

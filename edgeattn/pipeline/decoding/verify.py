@@ -112,13 +112,24 @@ def _log_softmax(logits: Array) -> Array:
     return result
 
 
-def _over_text(context: Context, text: Text, one: Session, prefilled: int) -> tuple[Array, Array]:
-    """Teacher-forced: positions (M,) after the prefill, and the artifact's logits (M, V) there."""
+def _over_text(context: Context, text: Text, one: Session, prefilled: int, bounds: _Bounds) -> tuple[Array, Array]:
+    """Teacher-forced: positions (M,) after the prefill, and the artifact's logits (M, V) there.
+
+    Raises:
+        CheckFailed: logits of any position are not finite.
+    """
     wanted, found = {int(i) for i in text.at if i >= prefilled - 1}, {}
     logits = one.feed(text.ids[:prefilled])
     for position in range(prefilled - 1, len(text.ids)):
         if position >= prefilled:
             logits = one.feed(text.ids[position : position + 1])
+        if wrong := int(np.count_nonzero(~np.isfinite(logits))):
+            raise _fail(
+                bounds,
+                f"{wrong} of {logits.size} logits are not finite",
+                f"held-out text, decoded with the cache, position {position}",
+                "no token can be chosen from them",
+            )
         if position in wanted:
             found[position] = logits
         if position % SHOWN == 0:
@@ -196,16 +207,16 @@ def _check_prefill(text: Text, one: Session, prefilled: int, at: Array, logits: 
     after = near[-1] if len(near) else behind[0]  # of a large vocabulary there may be none so soon
     one.reset()
     whole = one.feed(text.ids[: at[after] + 1])
-    distance = compare(logits[after], whole).relative_l2
-    if distance > bounds.l2:
+    found = compare(logits[after], whole)
+    if not found.holds(bounds.l2):
         raise _fail(
             bounds,
-            f"relative L2 {distance:.3g} at position {at[after]}",
+            f"relative L2 {found.relative_l2:.3g}, {found.nonfinite} values not finite, at position {at[after]}",
             "prefill and decode",
             f"{prefilled} tokens prefilled and the others decoded must give what a longer prefill gives, within "
             f"{bounds.l2:g}",
         )
-    return distance
+    return found.relative_l2
 
 
 def _check_greedy(text: Text, one: Session, bounds: _Bounds) -> int:
@@ -247,7 +258,7 @@ def run(context: Context) -> dict[str, Any]:
     assert spec is not None
     one = session(runtime, artifact, facts["decoder"])
     prefilled = min(spec.prefill[-1], spec.context // 2)
-    at, logits = _over_text(context, text, one, prefilled)
+    at, logits = _over_text(context, text, one, prefilled, bounds)
     measured = text_measures(text, at, logits)
     _check_text(measured, bounds)
     measured["data"], measured["steps"] = facts["data"], len(text.ids) - prefilled
