@@ -217,6 +217,30 @@ class Runtime(Protocol):
         ...
 
 
+class OneStep(ABC):
+    """A runtime that shows an entry as one operation, its outputs and nothing of what is inside."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+
+    @abstractmethod
+    def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See ``Runtime``."""
+
+    def trace(
+        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
+    ) -> Iterator[TraceValue]:
+        """The outputs alone."""
+        for name, value in self.run(entry, feeds).items():
+            if wanted is None or name in wanted:
+                yield TraceValue(name, "", "output", value)
+
+    def steps(self, entry: str) -> list[Step]:
+        """One for the whole entry."""
+        spec = entry_of(self._artifact, entry)
+        return [Step(tuple(t.name for t in spec.outputs), tuple(t.name for t in spec.inputs), "", "program")]
+
+
 def check_feeds(inputs: Sequence[Tensor], feeds: Mapping[str, Array]) -> None:
     """Compare feeds with an entry's inputs.
 

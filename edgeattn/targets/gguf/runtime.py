@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from edgeattn.core.numerics import Array
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION
 from edgeattn.models.layers.mla import AbsorbedAttention, LatentAttention
 from edgeattn.models.plm import PLM, Layer, PLMConfig, reordered
-from edgeattn.targets.base import Artifact, ArtifactEntry, Step, Tensor, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, OneStep, Tensor, check_feeds, entry_of
 from edgeattn.targets.gguf.file import open_gguf, read_gguf, sizes_of
 
 #: The entry of a file that was made elsewhere: all positions anew, as in the model's own forward.
@@ -61,11 +61,8 @@ def load(path: Path) -> PLM:
     return model.eval()
 
 
-class PlmRuntime:
+class PlmRuntime(OneStep):
     """An artifact's file, read when an entry is first run."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
 
     @cached_property
     def _model(self) -> PLM:
@@ -97,16 +94,3 @@ class PlmRuntime:
             cache = [given[name] for name, _ in self._model.cache_rows()]
             logits, rows = self._model.step(given[IDS], given[POSITION], cache, given.get(LAST))
         return {output.name: value.numpy() for output, value in zip(spec.outputs, (logits, *rows), strict=True)}
-
-    def trace(
-        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
-    ) -> Iterator[TraceValue]:
-        """The outputs alone."""
-        for name, value in self.run(entry, feeds).items():
-            if wanted is None or name in wanted:
-                yield TraceValue(name, "", "output", value)
-
-    def steps(self, entry: str) -> list[Step]:
-        """One for the whole entry."""
-        spec = entry_of(self._artifact, entry)
-        return [Step(tuple(t.name for t in spec.outputs), tuple(t.name for t in spec.inputs), "", "program")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,11 +14,10 @@ from edgeattn.targets.base import (
     ArtifactEntry,
     Availability,
     LowerPlan,
+    OneStep,
     Runtime,
-    Step,
     Target,
     Tensor,
-    TraceValue,
     check_feeds,
     entry_of,
 )
@@ -79,9 +78,9 @@ def _dtype(value: object) -> str:
     return str(getattr(value, "dtype", "")).removeprefix("torch.")
 
 
-class _NullRuntime:
+class _NullRuntime(OneStep):
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+        super().__init__(artifact)
         self._modules: dict[str, Any] = {}
 
     def run(self, entry: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -95,14 +94,3 @@ class _NullRuntime:
             result = self._modules[entry](*(torch.from_numpy(feeds[i.name]) for i in spec.inputs))
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return {output.name: leaf.detach().numpy() for output, leaf in zip(spec.outputs, leaves, strict=True)}
-
-    def trace(
-        self, entry: str, feeds: Mapping[str, Array], wanted: Collection[str] | None = None
-    ) -> Iterator[TraceValue]:
-        for name, value in self.run(entry, feeds).items():
-            if wanted is None or name in wanted:
-                yield TraceValue(name, "", "output", value)
-
-    def steps(self, entry: str) -> list[Step]:
-        spec = entry_of(self._artifact, entry)
-        return [Step(tuple(t.name for t in spec.outputs), tuple(t.name for t in spec.inputs), "", "program")]
