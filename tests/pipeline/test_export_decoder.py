@@ -278,6 +278,17 @@ def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
         edgeattn.export(recipe(tmp_path, text), target="null", output=tmp_path)
 
 
+def test_a_damaged_tokenizer_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text("{")
+    text = RECIPE.replace("steps = 40", 'steps = 40\ntext = "text.txt"\ntokenizer = "words"')
+    with pytest.raises(UsageError, match="tokenizer of the checkpoint cannot be read") as caught:
+        edgeattn.export(recipe(tmp_path, text), target="null", output=tmp_path)
+    assert Path(str(caught.value.value)) == tmp_path / "words" / "tokenizer.json"
+    assert "EOF" in str(caught.value.why)
+
+
 def test_sparse_positions_are_enough_to_compare_prefill_with_decode() -> None:
     """Of a large vocabulary logits are kept at few positions: here none within a prefill's length of it."""
     logits = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)

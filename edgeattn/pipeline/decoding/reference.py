@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeattn.bundle.decoding import error_of
+from edgeattn.bundle.runner_text import Refused, open_tokenizer
 from edgeattn.core.errors import CheckFailed, ToolchainMissing, UsageError
 from edgeattn.core.numerics import Array
 from edgeattn.core.specs import LOGITS, new_name
 from edgeattn.models.build import Built
 from edgeattn.models.decoder import Decoder
 from edgeattn.pipeline.context import Context
+from edgeattn.pipeline.decoding.tokenizer import FILE
 from edgeattn.recipe import DecoderSpec, Resolved
 
 #: Logits are kept of so many numbers at most (float32); of a large vocabulary not at every position.
@@ -23,6 +26,18 @@ KEPT = 32_000_000
 BEFORE = 64
 #: Tokens before the greedy continuation begins.
 PROMPT = 32
+
+
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint; raises as ``read_text`` does."""
+    try:
+        return open_tokenizer(str(path))
+    except Refused as refused:
+        if refused.code == ToolchainMissing.exit_code:
+            raise error_of(refused, "decoder.text") from refused
+        raise UsageError(
+            "the tokenizer of the checkpoint cannot be read", value=path, why=refused.why, fix="copy it again"
+        ) from refused
 
 
 def read_text(resolved: Resolved, vocabulary: int) -> tuple[Array | None, str]:
@@ -42,19 +57,11 @@ def read_text(resolved: Resolved, vocabulary: int) -> tuple[Array | None, str]:
             fix="give the checkpoint's folder, or write tokenizer = FOLDER into [decoder]",
         )
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ToolchainMissing(
-            "tokenizers is not installed", why="the recipe's text is compared on", fix="pip install tokenizers"
-        ) from error
-    try:
         text = Path(resolved.text).read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_file(str(Path(resolved.tokenizer, "tokenizer.json")))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UsageError(
-            "the text of the recipe cannot be read", value=resolved.text, why=f"{type(error).__name__}: {error}"
-        ) from error
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    except (OSError, ValueError) as error:
+        raise UsageError("the text of the recipe cannot be read", value=resolved.text, why=str(error)) from error
+    encoded = _tokenizer(Path(resolved.tokenizer, FILE)).encode(text, add_special_tokens=False)
+    ids = np.array(encoded.ids, np.int64)
     if ids.size and ids.max() >= vocabulary:
         raise UsageError(
             "the tokenizer has more tokens than the model",
