@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError, unknown
@@ -29,6 +29,129 @@ Deployment = Literal[
 ]  # fmt: skip
 #: Precisions that a device's peak is stated for.
 PEAKS = ("fp32", "fp16", "fp8", "w8a8")
+
+#: How a camera, which sees intensity alone, is made to tell the sign of a field: parts of the input and of the kernel
+#: that are shown on their own, by scheme. ``field`` is no camera: the field itself, with its sign.
+SIGNS: dict[str, tuple[int, int]] = {
+    "field": (1, 1),
+    "reference": (1, 1),
+    "offset": (1, 2),
+    "kernel_split": (1, 2),
+    "full_split": (2, 2),
+}
+
+
+class Effects(schema.Strict):
+    """What a 4f correlator does to numbers, beside convolving them. Every switch is off until it is given.
+
+    Attributes:
+        sign: see ``SIGNS``. ``reference`` adds a coherent field as strong as the largest output; ``offset`` lifts the
+            input above zero; ``kernel_split`` shows positive and negative kernels one after the other, and the input's
+            parts too where it has a sign; ``full_split`` always shows both parts of both.
+        input_amplitude_bits, input_phase_bits, mask_amplitude_bits, mask_phase_bits: levels of the two modulators.
+        mask: what of the complex mask the modulator can show. mask_norm: whether the mask is scaled by its own largest
+            amplitude (``peak``), or by the sum of the kernels' amplitudes, which it can never exceed (``sum``).
+        input_fill_factor, mask_fill_factor: share of a pixel's area that modulates; 1 has the envelope of a full pixel.
+        full_well_e: electrons of a saturated pixel, which bring the noise of their number. read_noise_e: standard
+            deviation in electrons. adc_bits: of the camera. exposure: the brightest wanted pixel, as a share of full
+            scale; above 1 it saturates.
+        mask_shift_px: of the mask, down and right, in mask pixels. camera_shift_px: of the camera, in its pixels.
+            rotation_deg: of the camera about the axis. defocus_waves: quadratic phase at the edge of the mask.
+        laser_drift: standard deviation of the power from frame to frame, as a share of it.
+        seed: of all that is random.
+    """
+
+    sign: Literal["field", "reference", "offset", "kernel_split", "full_split"] = "field"
+    input_amplitude_bits: int | None = Field(default=None, ge=1, le=16)
+    input_phase_bits: int | None = Field(default=None, ge=1, le=16)
+    mask_amplitude_bits: int | None = Field(default=None, ge=1, le=16)
+    mask_phase_bits: int | None = Field(default=None, ge=1, le=16)
+    mask: Literal["complex", "phase", "amplitude"] = "complex"
+    mask_norm: Literal["peak", "sum"] = "peak"
+    input_fill_factor: float | None = Field(default=None, gt=0, le=1)
+    mask_fill_factor: float | None = Field(default=None, gt=0, le=1)
+    full_well_e: float | None = Field(default=None, ge=1, le=1e9)
+    read_noise_e: float | None = Field(default=None, ge=0, le=1e9)
+    adc_bits: int | None = Field(default=None, ge=1, le=16)
+    exposure: float = Field(default=1.0, gt=0, le=100)
+    mask_shift_px: tuple[float, float] | None = None
+    camera_shift_px: tuple[float, float] | None = None
+    rotation_deg: float | None = Field(default=None, ge=-180, le=180)
+    defocus_waves: float | None = Field(default=None, ge=-100, le=100)
+    laser_drift: float | None = Field(default=None, ge=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("mask_shift_px", "camera_shift_px", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("mask_shift_px", "camera_shift_px")
+    @classmethod
+    def _finite(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not all(abs(shift) <= 1e5 for shift in value):
+            raise ValueError("must be two numbers of pixels, down and right")
+        return value
+
+    @model_validator(mode="after")
+    def _camera(self) -> Effects:
+        if self.sign == "field" and (self.detects or self.exposure != 1.0):
+            known = ", ".join(name for name in SIGNS if name != "field")
+            raise ValueError(f"a camera sees no sign: give sign, one of {known}")
+        if self.read_noise_e is not None and self.full_well_e is None:
+            raise ValueError("read_noise_e is in electrons, of which full_well_e says how many there are")
+        return self
+
+    @property
+    def detects(self) -> bool:
+        """Whether a camera with limits of its own is modelled."""
+        return not (self.full_well_e is None and self.adc_bits is None and self.laser_drift is None)
+
+    @property
+    def of_plane(self) -> bool:
+        """Whether numbers depend on where on the planes they are shown, so that whole planes have to be computed."""
+        given = (self.mask_amplitude_bits, self.mask_phase_bits, self.input_fill_factor, self.mask_fill_factor)
+        moved = (self.mask_shift_px, self.camera_shift_px, self.rotation_deg, self.defocus_waves)
+        return self.mask != "complex" or any(value is not None for value in (*given, *moved))
+
+
+class Optics(schema.Strict):
+    """A 4f correlator: its planes, its rates and energies, and its effects.
+
+    Attributes:
+        rows, cols: pixels of the input plane, of the mask and of the camera.
+        wavelength_nm, pitch_um: of the light, and of the pixels of both modulators; they give the focal length.
+        frame_rate_hz: frames a second: an input is shown, and the camera exposed. mask_rate_hz: masks a second, where
+            they are not written while a frame is shown anyway. readout_px_s: pixels a second that leave the camera.
+        electronics_ops_s: multiply-accumulates, or elementwise operations, of what is not optical.
+        repeats: frames that one pass takes, for figures that count more than one.
+        static_w: power of laser, modulators and camera while they run. input_pj_px, mask_pj_px, readout_pj_px: energy of
+            a pixel that is written or read. electronics_pj_op: of an electronic operation.
+        effects: see ``Effects``.
+    """
+
+    rows: int = Field(ge=2, le=16384)
+    cols: int = Field(ge=2, le=16384)
+    wavelength_nm: float | None = Field(default=None, gt=0, le=1e5)
+    pitch_um: float | None = Field(default=None, gt=0, le=1e4)
+    frame_rate_hz: float = Field(gt=0, le=1e12)
+    mask_rate_hz: float | None = Field(default=None, gt=0, le=1e12)
+    readout_px_s: float | None = Field(default=None, gt=0, le=1e18)
+    electronics_ops_s: float | None = Field(default=None, gt=0, le=1e18)
+    repeats: int = Field(default=1, ge=1, le=1000)
+    static_w: float | None = Field(default=None, ge=0, le=1e6)
+    input_pj_px: float | None = Field(default=None, ge=0, le=1e9)
+    mask_pj_px: float | None = Field(default=None, ge=0, le=1e9)
+    readout_pj_px: float | None = Field(default=None, ge=0, le=1e9)
+    electronics_pj_op: float | None = Field(default=None, ge=0, le=1e9)
+    effects: Effects = Field(default_factory=Effects)
+
+    @property
+    def focal_mm(self) -> float | None:
+        """Focal length at which a pixel of the mask is a frequency of the input: columns * pitch^2 / wavelength."""
+        if self.wavelength_nm is None or self.pitch_um is None:
+            return None
+        return self.cols * self.pitch_um**2 / self.wavelength_nm
 
 
 def check_url(url: str) -> None:
@@ -85,6 +208,7 @@ class Device(schema.Strict):
         peak: the most arithmetic of the GPU, by precision (fp32, fp16, fp8, w8a8), in TFLOPS, for w8a8 in TOPS: dense,
             with the fastest accumulation, fp32 without TF32, and without accelerators beside the GPU. A bound that no
             model reaches, and not whether TensorRT can use the precision.
+        optics: of a 4f correlator, see ``Optics``.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
         folder: where bundles are put on it while they run. python: its Python, where that is not ``python3``.
@@ -113,6 +237,7 @@ class Device(schema.Strict):
     compute_capability: str | None = None
     flavour: Literal["rtx", "full"] | None = Field(default=None, validate_default=True)
     peak: dict[str, float] = Field(default_factory=dict)
+    optics: Optics | None = Field(default=None, validate_default=True)
     connect: str | None = None
     emulate: Literal["", "cortex-a53", "cortex-a72", "cortex-a76"] = ""
     identity: str | None = None
@@ -176,6 +301,16 @@ class Device(schema.Strict):
             raise ValueError(f"{', '.join(other)} is not a precision of peaks, which are {', '.join(PEAKS)}")
         if wrong := [name for name, peak in value.items() if not 0 < peak < math.inf]:
             raise ValueError(f"{', '.join(wrong)} must be a number above 0")
+        return value
+
+    @field_validator("optics")
+    @classmethod
+    def _of_optical(cls, value: Optics | None, info: ValidationInfo) -> Optics | None:
+        targets = info.data.get("targets")  # absent where it is wrong itself
+        if targets is not None and value is not None and "optical" not in targets:
+            raise ValueError(f"is of target optical, which is not among the targets, {', '.join(targets)}")
+        if targets is not None and value is None and "optical" in targets:
+            raise ValueError("target optical needs a table [optics] with rows, cols and frame_rate_hz")
         return value
 
     @field_validator("runtimes")

@@ -120,6 +120,7 @@ class LowerPlan:
             never held in memory as a whole. Empty where nothing is measured.
         by_entry: samples of a decoder's entries, in place of ``samples``.
         tokenizer: folder of a language model's tokenizer, for formats that hold it.
+        device: that it is for, if one was named.
     """
 
     precision: str
@@ -135,6 +136,7 @@ class LowerPlan:
     calibration: Iterable[Mapping[str, Array]] = ()
     by_entry: Mapping[str, Sequence[Mapping[str, Array]]] = field(default_factory=dict)
     tokenizer: Path | None = None
+    device: Device | None = None
 
     def samples_of(self, entry: str) -> Sequence[Mapping[str, Array]]:
         """The samples of one entry."""
@@ -365,6 +367,8 @@ class Target(ABC):
     asymmetric: ClassVar[bool] = False
     #: Whether an fp16 artifact stores its activations in float16, so that they have to be checked rounded.
     half_activations: ClassVar[bool] = False
+    #: Names of reparameterization rules that are not for it.
+    leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.
     dynamic: ClassVar[bool] = False
     #: Entries of a decoder: one graph for any number of rows, an entry for each length of the cache, or for the whole
@@ -417,6 +421,10 @@ class Target(ABC):
             UsageError: a decoder cannot have one of them, or the precision.
         """
         return dict(settled)
+
+    def of_device(self, device: Device | None) -> dict[str, Any]:
+        """What of a device decides how an artifact is written, beside the options; plain data."""
+        return {}
 
     @abstractmethod
     def lower_tools(self, precision: str) -> tuple[str, ...]:

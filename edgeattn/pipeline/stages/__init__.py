@@ -95,7 +95,13 @@ def _quantize_config(job: Job) -> dict[str, Any]:
     }
 
 
+def _reparameterize_config(job: Job) -> dict[str, Any]:
+    leaves = targets.get(job.target).leaves
+    return {"leaves": leaves} if leaves else {}
+
+
 def _lower_config(job: Job) -> dict[str, Any]:
+    of_device = targets.get(job.target).of_device(devices.resolve(job.device) if job.device else None)
     return {
         "target": job.target,
         "precision": job.precision,
@@ -104,6 +110,7 @@ def _lower_config(job: Job) -> dict[str, Any]:
         "layout": job.layout,
         "options": job.settled,
         "strict": job.strict,
+        **({"device": of_device} if of_device else {}),
     }
 
 
@@ -134,6 +141,7 @@ def _lint_code(job: Job) -> tuple[str, ...]:
 OWN_TARGETS = {
     "coreml": ("targets/coreml",),
     "onnx": ("targets/onnx", "targets/onnx_graph"),
+    "optical": ("targets/optical", "targets/onnx_graph", "device.py"),
     "tensorrt": ("targets/tensorrt", "targets/onnx_graph"),
     "tflite": ("targets/tflite",),
     "null": ("targets/null",),
@@ -159,7 +167,7 @@ STAGES = (
         ("build", "reference"),
         lambda job: ("core", "reparam", "pipeline/stages/reparameterize.py"),
         lambda job: ("torch",),
-        lambda job: {},
+        _reparameterize_config,
     ),
     Stage(
         "capture",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import edgeattn
+from edgeattn import device as devices
 from edgeattn import targets
 from edgeattn.core import tools
 from edgeattn.core.numerics import Array
@@ -51,6 +52,7 @@ def run(context: Context) -> dict[str, Any]:
         samples,
         by_entry,
         None if job.resolved.tokenizer is None else Path(job.resolved.tokenizer),
+        devices.resolve(job.device) if job.device else None,
     )
     program = context.value("capture")
     if job.quant.quantizes:

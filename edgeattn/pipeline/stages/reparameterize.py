@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from edgeattn import targets
 from edgeattn.models.build import Built
 from edgeattn.pipeline.context import Context
 from edgeattn.reparam import reparameterize
+from edgeattn.reparam.engine import RULES
 
 #: Tokens of the forward that shows what reaches each module of a decoder.
 EXAMPLE = 64
@@ -28,7 +30,10 @@ def run(context: Context) -> dict[str, Any]:
     def say(text: str) -> None:
         context.say(text.removeprefix("reparameterize: "))  # the stage's name is shown already
 
-    result = reparameterize(built.model, inputs, seed=context.job.resolved.recipe.seed, progress=say, shared=True)
+    leaves = targets.get(context.job.target).leaves
+    rules = [rule for rule in RULES if rule.name not in leaves]
+    seed = context.job.resolved.recipe.seed
+    result = reparameterize(built.model, inputs, rules=rules, seed=seed, progress=say, shared=True)
     context.values["reparameterize"] = result.model
     del context.values["build"]  # the training form has done its part, and takes memory
     return {"proof": result.proof.to_dict(), "summary": result.proof.summary()}

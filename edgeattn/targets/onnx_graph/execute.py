@@ -22,7 +22,7 @@ TRACE_BYTES = 512_000_000
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def _session(source: str | bytes, optimized: bool = True, unpacked: bool = False) -> ort.InferenceSession:
+def make_session(source: str | bytes, optimized: bool = True, unpacked: bool = False) -> ort.InferenceSession:
     """A session on the CPU; with ``unpacked`` small weights become floats once, as it is made."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -48,11 +48,11 @@ def module_of(node: ir.Node) -> str:
 def _session_of(model: ir.Model) -> ort.InferenceSession:
     """An unoptimized session of a model in memory; over a file where it is too large for one message."""
     if files.weight_bytes(model) <= files.EXTERNAL_BYTES:
-        return _session(ir.serde.serialize_model(model).SerializeToString(), optimized=False)
+        return make_session(ir.serde.serialize_model(model).SerializeToString(), optimized=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         files.save(model, path)
-        return _session(str(path), optimized=False)
+        return make_session(str(path), optimized=False)
 
 
 def _round_all(model: ir.Model) -> None:
@@ -144,6 +144,19 @@ def outputs_of(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
     return dict(zip(names, _session_of(model).run(names, dict(feeds)), strict=True))
 
 
+def graph_steps(graph: ir.Graph) -> list[Step]:
+    """The nodes of a graph."""
+    return [
+        Step(
+            tuple(str(v.name) for v in node.outputs if v.name),
+            tuple(str(v.name) for v in node.inputs if v is not None and v.name not in graph.initializers),
+            module_of(node),
+            node.op_type,
+        )
+        for node in graph
+    ]
+
+
 class OnnxRuntime:
     """An artifact's entries under ONNX Runtime; sessions are made when first needed.
 
@@ -174,7 +187,7 @@ class OnnxRuntime:
         if path not in self._sessions:  # entries of one file share the session, and what it has packed
             # Else weights that only are stored small would be unpacked again at every run.
             unpacked = self._artifact.precision in ("w8", "w4")
-            self._sessions[path] = _session(path, self._optimized, unpacked)
+            self._sessions[path] = make_session(path, self._optimized, unpacked)
         session = self._sessions[path]
         names = [output.name for output in session.get_outputs()]
         return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
@@ -187,13 +200,4 @@ class OnnxRuntime:
 
     def steps(self, entry: str) -> list[Step]:
         """The nodes of the graph."""
-        graph = ir.load(self._path(entry)).graph
-        return [
-            Step(
-                tuple(str(v.name) for v in node.outputs if v.name),
-                tuple(str(v.name) for v in node.inputs if v is not None and v.name not in graph.initializers),
-                module_of(node),
-                node.op_type,
-            )
-            for node in graph
-        ]
+        return graph_steps(ir.load(self._path(entry)).graph)

@@ -1,0 +1,250 @@
+"""Plans carried out: tiles are laid on the planes, frames go through the correlator, wanted values are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from edgeattn.device import SIGNS, Effects, Optics
+from edgeattn.targets.optical.physics import Correlator, ideal_field, ideal_spectrum
+from edgeattn.targets.optical.schedule import Pair, Plan, Workload, in_parts, make_plan
+
+#: Pixels of all frames that go through the correlator together.
+_PIXELS = 1 << 24
+#: Bytes of masks that are kept instead of being transformed anew at every run.
+MASK_BYTES = 1 << 30
+
+
+def fast_size(size: int, most: int) -> int:
+    """The least length from ``size`` on that has no prime factor above 5; ``most`` where that is less."""
+    for length in range(size, most):
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+    return most
+
+
+def input_planes(x: Tensor, plan: Plan, group: int, channel: int) -> Tensor:
+    """Input planes (F, H, W) of all rows, for one block of groups and one of channels.
+
+    Args:
+        x: maps (rows, groups, channels, M1, M2).
+    """
+    (ay, ax), (cy, cx), (sy, sx) = plan.tiles, plan.channels, plan.pitch
+    rows, groups, channels = plan.rows_at_once, plan.groups, plan.channels_at_once
+    x = x[:, group * groups : (group + 1) * groups, channel * channels : (channel + 1) * channels]
+    blocks = -(-len(x) // rows)
+    x = _filled(x, (blocks * rows, groups, channels))
+    tiles = x.reshape(blocks, rows * groups, channels, *x.shape[3:])
+    tiles = _filled(tiles, (blocks, ay * ax, cy * cx))
+    tiles = torch.nn.functional.pad(tiles, (0, sx - x.shape[4], 0, sy - x.shape[3]))
+    tiles = tiles.reshape(blocks, ay, ax, cy, cx, sy, sx)
+    return tiles.permute(0, 1, 3, 5, 2, 4, 6).reshape(blocks, ay * cy * sy, ax * cx * sx)
+
+
+def _filled(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``x`` with zeros at the ends of its first dimensions."""
+    missing = [size - have for size, have in zip(sizes, x.shape, strict=False)]
+    if not any(missing):
+        return x
+    pads = [0] * (2 * (x.ndim - len(sizes)))
+    for count in reversed(missing):
+        pads += [0, count]
+    return torch.nn.functional.pad(x, pads)
+
+
+def kernel_plane(kernels: Tensor, plan: Plan, block: tuple[int, int, int], period: Pair) -> Tensor:
+    """The plane (L1, L2) of kernels whose transform is the mask of a (group, kernel, channel) block.
+
+    Args:
+        kernels: (groups, kernels, channels, N1, N2), as they convolve. period: (L1, L2); tiles wrap around.
+    """
+    group, kernel, channel = block
+    (ay, ax), (_, kx), (cy, cx), (sy, sx) = plan.tiles, plan.kernels, plan.channels, plan.pitch
+    part = kernels[
+        group * plan.groups : (group + 1) * plan.groups,
+        kernel * plan.kernels_at_once : (kernel + 1) * plan.kernels_at_once,
+        channel * plan.channels_at_once : (channel + 1) * plan.channels_at_once,
+    ]
+    g, k, c = (torch.arange(n) for n in part.shape[:3])
+    tile = (k * plan.groups)[None, :] + g[:, None]  # (groups, kernels)
+    down = ((tile // kx * ay * cy)[..., None] + cy - 1 - c // cx) * sy
+    right = ((tile % kx * ax * cx)[..., None] + cx - 1 - c % cx) * sx
+    rows = (down[..., None] + torch.arange(part.shape[3])) % period[0]
+    cols = (right[..., None] + torch.arange(part.shape[4])) % period[1]
+    place = rows[..., :, None] * period[1] + cols[..., None, :]
+    plane = torch.zeros(period[0] * period[1], dtype=part.dtype)
+    return plane.index_add(0, place.flatten(), part.flatten()).reshape(period)
+
+
+def wanted(planes: Tensor, plan: Plan) -> Tensor:
+    """The wanted values of output planes (F, L1, L2): (F, kernels of a frame, groups, rows of a frame, out1, out2)."""
+    (ay, ax), (ky, kx), (cy, cx), (sy, sx) = plan.tiles, plan.kernels, plan.channels, plan.pitch
+    planes = planes.contiguous()
+    frames, height, width = planes.shape
+    work = plan.work
+    first = planes.storage_offset() + ((cy - 1) * sy + work.start[0]) * width + (cx - 1) * sx + work.start[1]
+    down, right = cy * sy * width, cx * sx
+    seen = planes.as_strided(
+        (frames, ky, ay, kx, ax, *work.out),
+        (height * width, ay * down, down, ax * right, right, work.stride[0] * width, work.stride[1]),
+        first,
+    )
+    pairs = seen.permute(0, 1, 3, 2, 4, 5, 6).reshape(frames, ky * kx, ay * ax, *work.out)
+    groups, kernels, rows = plan.groups, plan.kernels_at_once, plan.rows_at_once
+    pairs = pairs[:, : kernels * groups, : rows * groups]
+    pairs = pairs.reshape(frames, kernels, groups, rows, groups, *work.out)
+    if groups == 1:
+        return pairs[:, :, :, :, 0]
+    return pairs.diagonal(dim1=2, dim2=4).movedim(-1, 2)
+
+
+class Convolver:
+    """One operation on the planes of a device: its kernels, which stay, are convolved with whatever comes.
+
+    Args:
+        kernels: (groups, kernels, channels, N1, N2), as they convolve.
+        work: what is to be done, for any number of rows.
+        effects: of the hardware; an ideal correlator, whose field is read with its sign, without.
+        generator: of what is random.
+    """
+
+    def __init__(
+        self,
+        kernels: Tensor,
+        work: Workload,
+        optics: Optics,
+        effects: Effects | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._kernels = kernels
+        self._work = work
+        self._plane = (optics.rows, optics.cols)
+        self._effects = effects
+        self._generator = generator or torch.Generator().manual_seed(effects.seed if effects else 0)
+        self._masks: dict[tuple[Plan, tuple[int, int, int]], Tensor] = {}
+        self._held = 0
+
+    def plan(self, rows: int, signed: bool = True) -> Plan:
+        """How so many rows are shown. ``signed``: some of their numbers are negative."""
+        work = replace(self._work, rows=rows)
+        return make_plan(in_parts(work, *parts(self._effects, signed)), self._plane)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
+        signed = bool((x < 0).any())
+        inputs, kernels = parts(self._effects, signed)
+        plan, shown, shown_kernels = self.plan(len(x), signed), x, self._kernels
+        lift = None
+        if self._effects is not None and self._effects.sign == "offset" and signed:
+            lift = -x.detach().amin()
+            shown = x + lift
+        if inputs == 2:
+            shown = torch.cat([shown.clamp_min(0), (-shown).clamp_min(0)])
+        if kernels == 2:
+            shown_kernels = torch.cat([self._kernels.clamp_min(0), (-self._kernels).clamp_min(0)], 1)
+        y = self._run(shown, shown_kernels, plan)
+        if kernels == 2:
+            y = y[:, :, : self._work.kernels] - y[:, :, self._work.kernels :]
+        if inputs == 2:
+            y = y[: len(x)] - y[len(x) :]
+        return y if lift is None else y - lift * self._box()
+
+    def _box(self) -> Tensor:
+        """What the kernels make of a map of ones, which electronics know beforehand: (1, groups, kernels, out1, out2)."""
+        work = self._work
+        ones = torch.ones(1, work.groups * work.channels, *work.map)
+        return direct(ones.reshape(1, work.groups, work.channels, *work.map), self._kernels, work)
+
+    def _run(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
+        groups, blocks, kernel_blocks, channels = plan.blocks
+        whole = self._effects is not None and self._effects.of_plane
+        extent = plan.extent
+        size = (fast_size(extent[0], self._plane[0]), fast_size(extent[1], self._plane[1]))
+        period = self._plane if whole else size
+        at_once = max(1, _PIXELS // math.prod(period))
+        found = []
+        for group in range(groups):
+            sums: list[Tensor | None] = [None] * kernel_blocks
+            for channel in range(channels):
+                planes = input_planes(x, plan, group, channel)
+                spectra = [self._spectrum(part, period) for part in planes.split(at_once)]
+                for kernel in range(kernel_blocks):
+                    mask = self._mask(kernels, plan, (group, kernel, channel), period)
+                    seen = torch.cat([self._show(spectrum, mask, plan, period) for spectrum in spectra])
+                    known = sums[kernel]
+                    sums[kernel] = seen if known is None else known + seen
+            # (frames, kernels of a frame, groups, rows, out) -> (rows, groups, kernels, out)
+            each = [part.permute(0, 3, 2, 1, 4, 5).flatten(0, 1) for part in sums if part is not None]
+            found.append(torch.cat(each, 2)[:, :, : plan.work.kernels])
+        return torch.cat(found, 1)[: plan.work.rows, : plan.work.groups]
+
+    def _mask(self, kernels: Tensor, plan: Plan, block: tuple[int, int, int], period: Pair) -> Tensor:
+        if (plan, block) in self._masks:
+            return self._masks[plan, block]
+        plane = kernel_plane(kernels, plan, block, period)
+        if self._effects is None:
+            mask = ideal_spectrum(plane, period)
+        else:
+            mask = Correlator(self._effects, period, self._generator).masks(plane[None])[0]
+        size = mask.numel() * mask.element_size()
+        if not mask.requires_grad and self._held + size <= MASK_BYTES:
+            self._masks[plan, block] = mask
+            self._held += size
+        return mask
+
+    def _spectrum(self, planes: Tensor, period: Pair) -> Tensor:
+        if self._effects is None:
+            return ideal_spectrum(planes, period)
+        return Correlator(self._effects, period, self._generator).spectrum(planes)
+
+    def _show(self, spectrum: Tensor, mask: Tensor, plan: Plan, period: Pair) -> Tensor:
+        """Wanted values of some frames, see ``wanted``, as electronics have them after the camera."""
+        if self._effects is None:
+            return wanted(ideal_field(spectrum, mask, period), plan)
+        correlator = Correlator(self._effects, period, self._generator)
+        field = correlator.field(spectrum, mask)
+        sign = self._effects.sign
+        if sign == "field":
+            return wanted(correlator.moved(field.real), plan)
+        reference = torch.zeros(len(field), 1, 1)
+        if sign == "reference":
+            reference = wanted(field.detach().real, plan).abs().flatten(1).amax(1).reshape(-1, 1, 1)
+        intensity = (field.real + reference).square() + field.imag.square()
+        amplitude = correlator.detect(wanted(correlator.moved(intensity), plan))
+        return amplitude - reference.reshape(-1, *[1] * (amplitude.ndim - 1))
+
+
+def parts(effects: Effects | None, signed: bool) -> tuple[int, int]:
+    """Parts of inputs and of kernels that are shown on their own; ``signed`` inputs need both where kernels are split."""
+    if effects is None:
+        return 1, 1
+    inputs, kernels = SIGNS[effects.sign]
+    return (2 if effects.sign == "kernel_split" and signed else inputs), kernels
+
+
+def direct(x: Tensor, kernels: Tensor, work: Workload) -> Tensor:
+    """The same without any optics: maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
+    n1, n2 = work.kernel
+    weight = kernels.flip(-2, -1).flatten(0, 1)
+    padded = torch.nn.functional.pad(x.flatten(1, 2), (n2 - 1, n2 - 1, n1 - 1, n1 - 1))
+    full = torch.nn.functional.conv2d(padded, weight, groups=work.groups)
+    ends = [a + (o - 1) * s + 1 for a, o, s in zip(work.start, work.out, work.stride, strict=True)]
+    y = full[..., work.start[0] : ends[0] : work.stride[0], work.start[1] : ends[1] : work.stride[1]]
+    return y.reshape(len(x), work.groups, work.kernels, *work.out)
+
+
+def blocks_of(plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """(group, kernel, channel) of every mask, in the order in which masks are shown."""
+    groups, _, kernels, channels = plan.blocks
+    for group in range(groups):
+        for channel in range(channels):
+            for kernel in range(kernels):
+                yield group, kernel, channel
