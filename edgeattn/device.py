@@ -125,8 +125,8 @@ class Optics(schema.Strict):
             they are not written while a frame is shown anyway. readout_px_s: pixels a second that leave the camera.
         electronics_ops_s: multiply-accumulates, or elementwise operations, of what is not optical.
         repeats: frames that one pass takes, for figures that count more than one.
-        static_w: power of laser, modulators and camera while they run. input_pj_px, mask_pj_px, readout_pj_px: energy of
-            a pixel that is written or read. electronics_pj_op: of an electronic operation.
+        static_w: power of laser, modulators and camera while they run. input_pj_px, mask_pj_px, readout_pj_px: energy
+            of a pixel that is written or read. electronics_pj_op: of an electronic operation.
         effects: see ``Effects``.
     """
 

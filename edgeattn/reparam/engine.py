@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgeattn.core.errors import UsageError, unknown
-from edgeattn.reparam import conv_bn, guest, mla, multi_branch, pre_bn, residual, softmax_scale
+from edgeattn.reparam import conv_bn, guest, mla, multi_branch, pre_bn, residual, shared_conv, softmax_scale
 from edgeattn.reparam.block import Block, NotRunnable, Refused, Rule, Site, map_tensors
 from edgeattn.reparam.measure import distance, fold, full_float32, prove, totals
 from edgeattn.reparam.proof import MODEL_TOLERANCE, MODEL_TOLERANCE_FLOAT64, BlockProof, NotFused, Proof
@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     pre_bn.RULE,
     softmax_scale.RULE,
     mla.RULE,
+    shared_conv.RULE,
 )
 
 

@@ -63,12 +63,7 @@ class SharedConv2d(nn.Module):
         """
         _check_tokens(x, self.in_maps)
         if self.padding == "valid" and min(x.shape[-2:]) < self.size:
-            raise UsageError(
-                "a kernel with valid padding must fit into the map",
-                value=f"kernel {self.size} x {self.size}, maps {x.shape[-2]} x {x.shape[-1]}",
-                why="there is no place where the whole kernel meets data",
-                fix="use a smaller kernel, larger maps, or same padding",
-            )
+            raise _too_large(self.size, tuple(x.shape[-2:]))
         padding = self.size // 2 if self.padding == "same" else 0
         y = F.conv2d(x.flatten(0, 1), self.weight, self.bias, padding=padding)
         return y.reshape(x.shape[0], x.shape[1], *y.shape[1:])
@@ -120,37 +115,69 @@ class SharedConvTranspose2d(nn.Module):
 class SharedLinear(nn.Module):
     """A shared convolution on maps of one size as the matrix that it is: (B, T, F, M, M) -> (B, T, K, d, d).
 
-    The same numbers as ``of`` gives, from one matrix product over all tokens. With kernels as large as the maps it is
-    ``of``'s weight, laid out anew; else a doubly block Toeplitz matrix, each kernel repeated at each of its d² places
-    among zeros.
+    The same numbers as ``of`` gives, from one matrix product over all tokens. With valid padding and kernels as large
+    as the maps the matrix is ``of``'s weight, laid out anew; else it is doubly block Toeplitz: each kernel at each of
+    its places, among zeros.
 
     Args:
         of: the convolution, which is not changed. side: M, of the maps that it will meet.
 
     Attributes:
-        weight: (K * d * d, F * M * M). bias: (K * d * d,), or None.
-        shape: (K, d, d).
+        weight: (K * d * d, F * M * M). bias: (K * d * d,), or None. shape: (K, d, d).
 
     Raises:
         UsageError: the maps are smaller than the kernel.
     """
 
-    def __init__(self, of: SharedConv2d, side: int) -> None:
+    def __init__(self, of: SharedConv2d | SharedConvTranspose2d, side: int) -> None:
         super().__init__()
-        inputs = of.in_maps * side * side
-        with torch.no_grad():  # what it makes of each input alone are the columns of its matrix
-            each = torch.eye(inputs, dtype=of.weight.dtype, device=of.weight.device)
-            zero = torch.zeros(1, 1, of.in_maps, side, side, dtype=of.weight.dtype, device=of.weight.device)
-            rest = of(zero)
-            answers = of(each.view(1, inputs, of.in_maps, side, side))
-            self.shape: tuple[int, int, int] = (answers.shape[2], answers.shape[3], answers.shape[4])
-            matrix = answers.flatten(2)[0] - rest.flatten(2)[0]
-        self.weight = nn.Parameter(matrix.t().contiguous(), requires_grad=False)
-        self.bias = None if of.bias is None else nn.Parameter(rest.flatten(), requires_grad=False)
+        weight = of.weight.detach()
+        if isinstance(of, SharedConvTranspose2d):  # by definition the transpose of what leads from its outputs back
+            matrix = toeplitz(weight, side + of.size - 1).permute(3, 4, 5, 0, 1, 2)
+        else:
+            matrix = toeplitz(weight, side, of.size // 2 if of.padding == "same" else 0)
+        kernels, d = matrix.shape[:2]
+        self.shape = (kernels, d, d)
+        self.weight = nn.Parameter(matrix.reshape(kernels * d * d, -1), requires_grad=False)
+        bias = None if of.bias is None else of.bias.detach().repeat_interleave(d * d)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, F, M, M) -> (B, T, K, d, d)."""
         return F.linear(x.flatten(2), self.weight, self.bias).reshape(x.shape[0], x.shape[1], *self.shape)
+
+    def extra_repr(self) -> str:
+        """Numbers of a token that come in and go out."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def toeplitz(weight: Tensor, side: int, padding: int = 0) -> Tensor:
+    """The cross-correlation with ``weight`` (K, F, N, N) on maps of ``side`` = M as a matrix, (K, d, d, F, M, M).
+
+    d = M + 2 padding - N + 1. Element [k, i, j, f, y, x] is what input (f, y, x) adds to output (k, i, j).
+
+    Raises:
+        UsageError: the maps are smaller than the kernel.
+    """
+    kernels, maps, n, _ = weight.shape
+    padded = side + 2 * padding
+    d = padded - n + 1
+    if d < 1:
+        raise _too_large(n, (side, side))
+    matrix = weight.new_zeros(kernels, d, d, maps, padded, padded)
+    for i in range(d):
+        for j in range(d):
+            matrix[:, i, j, :, i : i + n, j : j + n] = weight
+    return matrix[..., padding : padding + side, padding : padding + side]
+
+
+def _too_large(size: int, maps: tuple[int, ...]) -> UsageError:
+    return UsageError(
+        "a kernel with valid padding must fit into the map",
+        value=f"kernel {size} x {size}, maps {maps[0]} x {maps[1]}",
+        why="there is no place where the whole kernel meets data",
+        fix="use a smaller kernel, larger maps, or same padding",
+    )
 
 
 def counted(where: str, counts: Mapping[str, int]) -> None:

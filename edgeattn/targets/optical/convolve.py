@@ -15,6 +15,8 @@ from edgeattn.targets.optical.schedule import Pair, Plan, Workload, in_parts, ma
 
 #: Pixels of all frames that go through the correlator together.
 _PIXELS = 1 << 24
+#: A reference beam over the strongest field of a frame: no sum of both is dark, where roots tell nothing.
+REFERENCE = 1.1
 #: Bytes of masks that are kept instead of being transformed anew at every run.
 MASK_BYTES = 1 << 30
 
@@ -158,13 +160,13 @@ class Convolver:
         return y if lift is None else y - lift * self._box()
 
     def _box(self) -> Tensor:
-        """What the kernels make of a map of ones, which electronics know beforehand: (1, groups, kernels, out1, out2)."""
+        """What kernels make of a map of ones, known beforehand to electronics: (1, groups, kernels, out1, out2)."""
         work = self._work
         ones = torch.ones(1, work.groups * work.channels, *work.map)
         return direct(ones.reshape(1, work.groups, work.channels, *work.map), self._kernels, work)
 
     def _run(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
-        groups, blocks, kernel_blocks, channels = plan.blocks
+        groups, _, kernel_blocks, channels = plan.blocks
         whole = self._effects is not None and self._effects.of_plane
         extent = plan.extent
         size = (fast_size(extent[0], self._plane[0]), fast_size(extent[1], self._plane[1]))
@@ -175,7 +177,7 @@ class Convolver:
             sums: list[Tensor | None] = [None] * kernel_blocks
             for channel in range(channels):
                 planes = input_planes(x, plan, group, channel)
-                spectra = [self._spectrum(part, period) for part in planes.split(at_once)]
+                spectra = [self._spectrum(part, period) for part in torch.split(planes, at_once)]
                 for kernel in range(kernel_blocks):
                     mask = self._mask(kernels, plan, (group, kernel, channel), period)
                     seen = torch.cat([self._show(spectrum, mask, plan, period) for spectrum in spectra])
@@ -216,14 +218,14 @@ class Convolver:
             return wanted(correlator.moved(field.real), plan)
         reference = torch.zeros(len(field), 1, 1)
         if sign == "reference":
-            reference = wanted(field.detach().real, plan).abs().flatten(1).amax(1).reshape(-1, 1, 1)
+            reference = REFERENCE * wanted(field.detach().real, plan).abs().flatten(1).amax(1).reshape(-1, 1, 1)
         intensity = (field.real + reference).square() + field.imag.square()
         amplitude = correlator.detect(wanted(correlator.moved(intensity), plan))
         return amplitude - reference.reshape(-1, *[1] * (amplitude.ndim - 1))
 
 
 def parts(effects: Effects | None, signed: bool) -> tuple[int, int]:
-    """Parts of inputs and of kernels that are shown on their own; ``signed`` inputs need both where kernels are split."""
+    """Parts of inputs and kernels that are shown on their own; ``signed`` inputs need both where kernels are split."""
     if effects is None:
         return 1, 1
     inputs, kernels = SIGNS[effects.sign]

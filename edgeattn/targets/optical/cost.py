@@ -170,8 +170,8 @@ def assumptions(optics: Optics) -> tuple[str, ...]:
         else "electronics take no time"
     )
     found.append(f"sign scheme {optics.effects.sign}")
-    known = [name for name in ("static_w", "input_pj_px", "mask_pj_px", "readout_pj_px", "electronics_pj_op")]
-    missing = [name for name in known if getattr(optics, name) is None]
+    energies = ("static_w", "input_pj_px", "mask_pj_px", "readout_pj_px", "electronics_pj_op")
+    missing = [name for name in energies if getattr(optics, name) is None]
     if missing:
         found.append(f"energy without {', '.join(missing)}, which the device file does not say")
     return tuple(found)

@@ -1,11 +1,10 @@
-"""From a captured program to an optical one: turns of electronics and optics, kernels, plans, all of them carried out."""
+"""From a captured program to an optical one: turns of electronics and optics, kernels, plans, all carried out."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,10 @@ SIGNED = 1e-3
 _SAMPLES = 2
 #: Operations that move numbers, and compute none.
 _MOVES = frozenset(
-    "Cast Concat Constant ConstantOfShape Expand Flatten Gather Identity Pad Range Reshape Shape Slice Split Squeeze "
-    "Tile Transpose Unsqueeze".split()
+    (
+        *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Pad", "Range"),
+        *("Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+    )
 )
 
 
@@ -45,7 +46,7 @@ def lower(program: Program, plan: LowerPlan, device: Device, out: Path) -> Artif
     """Write a folder for each entry: ``program.json``, ``masks/``, ``electronics/``.
 
     Raises:
-        ConversionFailed: nothing in it is for optics, a kernel or map is larger than the planes, or the exporter failed.
+        ConversionFailed: nothing in it is for optics, something is larger than the planes, or the exporter failed.
         CheckFailed: planes give other numbers than a plain convolution.
     """
     entries: dict[str, ArtifactEntry] = {}
@@ -123,17 +124,18 @@ class _Writer:
         self._count += 1
         signed, error, shape = self._carry_out(op)
         masks, bias = f"masks/{name}.npy", f"masks/{name}.bias.npy" if op.bias is not None else ""
-        np.save(self._folder / masks, op.kernels)
+        np.save(self._folder / masks, op.kernels.numpy())
+        work = op.form.work
         if op.bias is not None:
             np.save(self._folder / bias, op.bias)
-            self._ops += op.work.rows * op.work.groups * op.work.kernels * math.prod(op.work.out)
+            self._ops += work.rows * work.groups * work.kernels * math.prod(work.out)
         plane = (self._optics.rows, self._optics.cols)
-        plan = make_plan(in_parts(op.work, *parts(self._optics.effects, signed)), plane)
+        plan = make_plan(in_parts(work, *parts(self._optics.effects, signed)), plane)
         # What several frames give of one value is summed by electronics.
         self._ops += plan.useful_pixels - plan.useful_pixels // plan.blocks[3]
         sides = op.input, op.output, shape
         return Operation(
-            name, op.module, op.node.op_type, *sides, op.layout, op.work, plan, signed, masks, bias, error
+            name, op.module, op.node.op_type, *sides, op.form.layout, work, plan, signed, masks, bias, error
         )
 
     def _carry_out(self, op: Operator) -> tuple[bool, float, tuple[int, ...]]:
@@ -142,16 +144,16 @@ class _Writer:
         Raises:
             CheckFailed: planes give other numbers than a plain convolution.
         """
-        kernels = torch.from_numpy(op.kernels)
+        kernels, work, layout = op.kernels, op.form.work, op.form.layout
         sign = Effects(sign=self._optics.effects.sign)
         signed, worst, shape = False, 0.0, ()
         for values in self._known:
             shape = values[op.input].shape
-            maps = torch.from_numpy(op.layout.maps(values[op.input]))
+            maps = layout.maps(torch.from_numpy(values[op.input]))
             signed = signed or bool((maps < 0).any())
-            wanted = direct(maps, kernels, op.work)
+            wanted = direct(maps, kernels, work)
             for effects, bound in ((None, IDEAL), (sign, SIGNED)):
-                seen = Convolver(kernels, op.work, self._optics, effects)(maps)
+                seen = Convolver(kernels, work, self._optics, effects)(maps)
                 numbers = compare(wanted.numpy(), seen.numpy())
                 if not numbers.holds(bound):
                     raise CheckFailed(
@@ -162,7 +164,7 @@ class _Writer:
                         fix="this is a fault of EdgeAttn's, unless the model's own numbers are not finite; report it",
                     )
                 worst = worst if effects else max(worst, numbers.relative_l2)
-            result = op.layout.result(wanted.numpy(), shape)
+            result = layout.result(wanted, shape).numpy()
             values[op.output] = np.ascontiguousarray(result if op.bias is None else result + op.bias)
         return signed, worst, shape
 

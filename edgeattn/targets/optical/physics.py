@@ -35,12 +35,14 @@ def rounded(value: Tensor, bits: int | None) -> Tensor:
 
 def ideal_spectrum(planes: Tensor, period: Pair) -> Tensor:
     """Transforms (..., L1, L2 // 2 + 1) of real planes (..., H, W), filled with zeros to the period (L1, L2)."""
-    return torch.fft.rfft2(planes, s=period)
+    spectrum: Tensor = torch.fft.rfft2(planes, s=period)
+    return spectrum
 
 
 def ideal_field(spectrum: Tensor, mask: Tensor, period: Pair) -> Tensor:
     """Real fields (..., L1, L2) of inputs behind a mask, both given as ``ideal_spectrum``: the second transform."""
-    return torch.fft.irfft2(spectrum * mask, s=period)
+    field: Tensor = torch.fft.irfft2(spectrum * mask, s=period)
+    return field
 
 
 class Correlator:
@@ -112,11 +114,12 @@ class Correlator:
 
     def spectrum(self, planes: Tensor) -> Tensor:
         """The field (F, L1, L2) before the mask, of real inputs (F, H, W)."""
-        return torch.fft.fft2(self.inputs(planes), s=self.plane)
+        spectrum: Tensor = torch.fft.fft2(self.inputs(planes), s=self.plane)
+        return spectrum
 
     def field(self, spectrum: Tensor, mask: Tensor) -> Tensor:
         """Complex fields (F, L1, L2) on the camera."""
-        field = torch.fft.ifft2(spectrum * mask)
+        field: Tensor = torch.fft.ifft2(spectrum * mask)
         if self.effects.mask_fill_factor is not None:
             side = math.sqrt(self.effects.mask_fill_factor)
             down, right = (torch.fft.fftshift(torch.fft.fftfreq(size, dtype=field.real.dtype)) for size in self.plane)

@@ -14,8 +14,8 @@ from edgeattn.core.errors import CheckFailed
 from edgeattn.core.files import inside
 from edgeattn.core.numerics import Array
 from edgeattn.device import Optics
-from edgeattn.targets.optical.operators import Layout
-from edgeattn.targets.optical.schedule import Plan, Workload, work_of
+from edgeattn.targets.optical.forms import Layout
+from edgeattn.targets.optical.schedule import Plan, Workload, plain
 
 FILE = "program.json"
 #: Of the format; a reader refuses others.
@@ -138,7 +138,7 @@ def _read(data: Mapping[str, Any]) -> Operation:
         **data,
         "shape": tuple(data["shape"]),
         "layout": Layout.from_dict(data["layout"]),
-        "work": work_of(data["work"]),
+        "work": Workload(**plain(data["work"])),
         "plan": Plan.from_dict(data["plan"]),
     }
     return Operation(**fields)

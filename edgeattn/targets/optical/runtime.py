@@ -87,12 +87,12 @@ class OpticalRuntime:
             optics = self._optics or program.optics
             self._convolvers[place] = Convolver(kernels, op.work, optics, self._effects, self._generator)
             self._biases[place] = op.offset(folder)
-        maps = np.concatenate([op.layout.maps(values[op.input]) for values in known])
+        maps = torch.cat([op.layout.maps(torch.from_numpy(values[op.input])) for values in known])
         with torch.no_grad():
-            results = self._convolvers[place](torch.from_numpy(maps)).numpy()
+            results = self._convolvers[place](maps)
         bias = self._biases[place]
-        for part in np.split(results, len(known)):
-            result = op.layout.result(part, op.shape)
+        for part in results.chunk(len(known)):
+            result = op.layout.result(part, op.shape).numpy()
             yield np.ascontiguousarray(result if bias is None else result + bias)
 
     def trace(

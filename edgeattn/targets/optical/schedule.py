@@ -1,12 +1,12 @@
 """How work is laid out on the planes of a 4f correlator: tiles, masks, frames.
 
-One frame convolves the whole input plane with one kernel plane. Input tiles and kernel tiles are laid out in zones of
-one pitch, so that the product of input tile i and kernel tile j appears in output zone i + j. With A input tiles side by
-side in zones 0, C, 2C, ... and K kernel tiles in zones 0, AC, 2AC, ... every pair has a zone of its own (batch tiling is
-K = 1, kernel tiling A = 1, mixed tiling both). C zones of an input tile hold its channels, and those of a kernel tile the
-kernels in reverse order: products of a channel with its own kernel all meet in the last of the C zones and are summed as
-fields, before any detection (channel tiling, Li et al. 2020, arXiv 2011.07391); products of a channel with another's
-kernel fall into the zones between, which nobody reads.
+One frame convolves the whole input plane with one kernel plane. Input tiles and kernel tiles are laid out in zones
+of one pitch, so that the product of input tile i and kernel tile j appears in output zone i + j. With A input tiles
+side by side in zones 0, C, 2C, ... and K kernel tiles in zones 0, AC, 2AC, ... every pair has a zone of its own (batch
+tiling is K = 1, kernel tiling A = 1, mixed tiling both). C zones of an input tile hold its channels, and those of a
+kernel tile the kernels in reverse order: products of a channel with its own kernel all meet in the last of the C zones
+and are summed as fields, before any detection (channel tiling, Li et al. 2020, arXiv 2011.07391); products of a channel
+with another's kernel fall into the zones between, which nobody reads.
 """
 
 from __future__ import annotations
@@ -169,17 +169,13 @@ class Plan:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Plan:
         """The inverse of ``as_dict``."""
-        fields = {key: _pair(value) for key, value in data.items() if key not in ("frames", "masks", "work")}
-        return Plan(work_of(data["work"]), **fields)
+        fields = {key: value for key, value in data.items() if key not in ("frames", "masks", "work")}
+        return Plan(Workload(**plain(data["work"])), **plain(fields))
 
 
-def work_of(data: Mapping[str, Any]) -> Workload:
-    """A workload from plain data."""
-    return Workload(**{key: _pair(value) for key, value in data.items()})
-
-
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields read from JSON, which has lists where there were tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
 def _counts(total: int, most: int) -> list[int]:
