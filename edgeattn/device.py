@@ -48,7 +48,8 @@ class Effects(schema.Strict):
         sign: see ``SIGNS``. ``reference`` adds a coherent field as strong as the largest output; ``offset`` lifts the
             input above zero; ``kernel_split`` shows positive and negative kernels one after the other, and the input's
             parts too where it has a sign; ``full_split`` always shows both parts of both.
-        input_amplitude_bits, input_phase_bits, mask_amplitude_bits, mask_phase_bits: levels of the two modulators.
+        input_amplitude_bits, mask_amplitude_bits, mask_phase_bits: levels of the two modulators. input_phase_bits: the
+            input needs phases of 0 and pi alone; with these levels it also evens out its own pixels, to half a level.
         mask: what of the complex mask the modulator can show. mask_norm: whether the mask is scaled by its own largest
             amplitude (``peak``), or by the sum of the kernels' amplitudes, which it can never exceed (``sum``).
         input_fill_factor, mask_fill_factor: share of a pixel's area that modulates; 1 has the envelope of a full pixel.

@@ -35,6 +35,13 @@ NVIDIA = {
     "rtx-5090": ("12.0", "rtx", 32),
     "h200": ("9.0", "rtx", 141),
 }
+#: Frames a second, rows and columns of the planes.
+OPTICAL = {
+    "optical-4f-4k-2mhz": (2e6, 2160, 2160),
+    "optical-4f-lcos-60hz": (60, 2160, 2160),
+    "optical-4f-lcos-1khz": (1000, 1024, 1024),
+    "optical-4f-dmd-20khz": (20000, 768, 1024),
+}
 #: Peaks that NVIDIA prints with sparsity: the first number is theirs.
 SPARSE = {
     ("jetson-orin-nano", "w8a8"): 67,
@@ -48,7 +55,7 @@ SPARSE = {
     ("h200", "w8a8"): 3958,
 }
 #: What a file says of the hardware; each needs a source that names it.
-FIGURES = ("chip", "cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions", "peak")
+FIGURES = ("chip", "cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "extensions", "peak", "optics")
 #: And of the system.
 SYSTEM = ("deployment_target", "int8_activations")
 #: And of TensorRT.
@@ -58,7 +65,7 @@ TENSORRT = ("compute_capability", "flavour")
 def test_the_boards_of_the_raspberry_pi_and_the_devices_of_apple_and_nvidia_are_there() -> None:
     models = [f"raspberry-pi-{model}" for model in ("zero-2w", "3b", "4", "5")]
     assert {*models, *(f"{model}-32bit" for model in models)} == set(BOARDS)
-    assert {*BOARDS, *APPLE, *NVIDIA, "host"} == set(SHIPPED)
+    assert {*BOARDS, *APPLE, *NVIDIA, *OPTICAL, "host"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -66,7 +73,7 @@ def test_a_file_is_valid_under_its_name(name: str) -> None:
     assert device.resolve(name).name == name
 
 
-@pytest.mark.parametrize("name", [*BOARDS, *APPLE, *NVIDIA])
+@pytest.mark.parametrize("name", [*BOARDS, *APPLE, *NVIDIA, *OPTICAL])
 def test_every_figure_has_a_source(name: str) -> None:
     found = device.resolve(name)
     named: set[str] = set()
@@ -84,7 +91,7 @@ def test_every_figure_has_a_source(name: str) -> None:
         least = {"chip", "cores", "memory_gb", *SYSTEM}
     elif name in NVIDIA:
         least = {"chip", "bandwidth_gb_s", "peak", *TENSORRT} | (least if found.kind == "board" else set())
-    assert least | {"memory_gb"} <= stated
+    assert ({"optics"} if name in OPTICAL else least | {"memory_gb"}) <= stated
 
 
 @pytest.mark.parametrize("name", [name for name in BOARDS if not name.endswith("-32bit")])
@@ -149,6 +156,18 @@ def test_peaks_are_dense_and_grow_as_numbers_shrink(name: str) -> None:
     for (which, precision), sparse in SPARSE.items():
         if which == name:
             assert found.peak[precision] == pytest.approx(sparse / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("name", OPTICAL)
+def test_an_optical_device_says_its_rate_and_planes_and_how_it_tells_signs(name: str) -> None:
+    found = device.resolve(name)
+    assert found.optics is not None
+    assert (found.optics.frame_rate_hz, found.optics.rows, found.optics.cols) == OPTICAL[name]
+    assert (found.kind, found.targets) == ("optical", ("optical",))
+    assert found.optics.effects.sign != "field", "a camera sees no sign"
+    literature = name == "optical-4f-4k-2mhz"
+    assert found.optics.effects.detects != literature
+    assert ("literature assumes" in found.description) == literature
 
 
 @pytest.mark.parametrize("target", ["onnx", "rpi"])

@@ -103,14 +103,19 @@ class Correlator:
         return masks
 
     def inputs(self, planes: Tensor) -> Tensor:
-        """Input planes (F, H, W) as their modulator shows them: amplitudes in levels, signs as a phase of 0 or pi."""
+        """Input planes (F, H, W) as their modulator shows them.
+
+        Amplitudes are in levels. A sign is a phase of 0 or pi, which any number of phase levels has; with them the
+        modulator evens itself out as well, and what is left is an error of its own in each pixel.
+        """
         effects = self.effects
-        if effects.input_amplitude_bits is None and effects.input_phase_bits is None:
-            return planes
-        peak = planes.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(planes.dtype).tiny)
-        # One bit of phase is enough for 0 and pi; any number of bits has both.
-        size = rounded(planes.abs() / peak, effects.input_amplitude_bits) * peak
-        return straight_through(planes, size * planes.sign())
+        if effects.input_amplitude_bits is not None:
+            peak = planes.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(planes.dtype).tiny)
+            size = rounded(planes.detach().abs() / peak, effects.input_amplitude_bits) * peak
+            planes = straight_through(planes, size * planes.detach().sign())
+        if effects.input_phase_bits is not None:
+            planes = planes * _unevenness(effects, planes.shape[-2:])
+        return planes
 
     def spectrum(self, planes: Tensor) -> Tensor:
         """The field (F, L1, L2) before the mask, of real inputs (F, H, W)."""
@@ -169,6 +174,14 @@ class Correlator:
             level = straight_through(level, electrons / effects.full_well_e)
         level = rounded(level, effects.adc_bits)
         return _root(level, torch.ones_like(full)) * full.sqrt()
+
+
+def _unevenness(effects: Effects, shape: tuple[int, ...]) -> Tensor:
+    """Unit phasors (H, W): the phase that is left of each pixel's own, up to half a level, always the same."""
+    assert effects.input_phase_bits is not None
+    generator = torch.Generator().manual_seed(effects.seed)
+    left = torch.rand(shape, generator=generator) - 0.5
+    return torch.polar(torch.ones(shape), left * (2 * math.pi / 2**effects.input_phase_bits))
 
 
 def _rounded_phase(phase: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any PyTorch model through simulated planes, with gradients: to see what a device does to it, and to fine-tune for it."""
+"""Any PyTorch model through simulated planes, with gradients: to see what a device does to it, and to tune it."""
 
 from __future__ import annotations
 
