@@ -172,3 +172,31 @@ def decoding_rows(found: dict[str, Any], context: int) -> list[tuple[str, str]]:
         ("greedy", f"{found['greedy']['same']} of {found['greedy']['of']} tokens until it differs from PyTorch's"),
         ("cache", held if found["cache_bytes"] else f"kept by the runtime, for {context} tokens"),
     ]
+
+
+def optics_rows(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
+    """Rows (label, words) of what an optical program costs, see ``ArtifactInfo.facts``."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["operations"].items())
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in found["seconds"].items() if value)
+    return [
+        (
+            "on optics",
+            f"{found['share']:.1%} of {found['optical_macs'] + found['electronic_ops']:,} operations: {kinds}; each "
+            f"plan was carried out, largest relative L2 {found['largest_error']:.1e}",
+        ),
+        (
+            "frames",
+            f"{found['frames']} of {device} for one input, {found['mask_writes']} masks; the planes are "
+            f"{found['fill']:.1%} full",
+        ),
+        ("time", f"{duration(found['total_s'])} for one input, computed: {parts}"),
+        ("assumed", "; ".join(found["assumptions"])),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"

@@ -111,6 +111,8 @@ def _next(bundle: Bundle) -> list[str]:
     prompt = '--prompt "..."' if text else "--ids 1,2,3"
     if place is not None and place.connect:
         lines = [f"edgeattn {what} {path} --device {manifest.device}" for what in ("verify", "profile")]
+    elif manifest.backend == "optical":
+        lines.append(f"edgeattn optics show {path}    (planes, frames, cost, and what a device's limits do to it)")
     elif manifest.unproven:
         host, what = _ELSEWHERE.get(manifest.backend, ("host", "on the hardware"))
         lines.append(f"edgeattn profile {path} --device ssh://user@{host}    ({what})")
@@ -121,7 +123,7 @@ def _next(bundle: Bundle) -> list[str]:
             lines.append("edgeattn device setup qemu    (once: what emulates it)")
             lines.append(f"edgeattn verify {path} --device {manifest.device}    (emulated)")
         # Else it is a file, which can hold an address itself; phones have none.
-        if place.name == manifest.device and place.kind not in ("phone", "tablet"):
+        if place.name == manifest.device and place.kind not in ("phone", "tablet", "optical"):
             lines.append(
                 f"edgeattn device add NAME ssh://user@host --base {place.name}    (your own, to measure on it)"
             )
@@ -147,7 +149,7 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
     """What was proven of one artifact, and what lint found."""
     from rich.markup import escape
 
-    from edgeattn.cli._show import numerics_rows, size
+    from edgeattn.cli._show import numerics_rows, optics_rows, size
 
     rows = numerics_rows(info.numerics)
     worst = max(rows, key=lambda row: float(row[2]))
@@ -183,6 +185,9 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
                 f"{len(kept)} operations, in {', '.join(where[:4])}{' …' if len(where) > 4 else ''}" if kept else "none"
             )
             facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
+        if optics := entry.get("optics"):
+            for label, words in optics_rows(optics, str(info.facts["device"])):
+                facts.add_row(f"{label}{which}", escape(words))
         if quantized := entry.get("quantized"):
             facts.add_row(f"quantized ({escape(name)})", escape(_quantized_words(quantized)))
         if built := entry.get("engines"):

@@ -25,8 +25,11 @@ class Layout:
     Attributes:
         kind: ``conv``, of (B, C, *spatial); or ``linear``, over ``axis`` of a tensor.
         groups, channels: that the maps are told apart by. spatial: dimensions of a convolution's input.
-        before, after: zeros around a map, (down, right). spread: distance of its values, with zeros between.
+        before, after: zeros around a map, (down, right); less than none are values left away. spread: distance of its
+            values, with zeros between.
         map, out: pixels of a map as it is shown, and of a result, (down, right).
+        pieces: that a map too large for the plane is shown in, rows of their own; 1 where it is not. step: from one to
+            the next. whole: pixels of the result of all pieces.
         axis: of a linear layer, from the end; its values fill ``channels`` maps one after the other.
     """
 
@@ -39,6 +42,9 @@ class Layout:
     before: Pair = (0, 0)
     after: Pair = (0, 0)
     spread: Pair = (1, 1)
+    pieces: Pair = (1, 1)
+    step: Pair = (1, 1)
+    whole: Pair = (1, 1)
     axis: int = -1
 
     def maps(self, x: Tensor) -> Tensor:
@@ -55,7 +61,11 @@ class Layout:
             wide = x.new_zeros(*x.shape[:3], *sizes)
             wide[..., :: self.spread[0], :: self.spread[1]] = x
             x = wide
-        return pad(x, (self.before[1], self.after[1], self.before[0], self.after[0]))
+        x = pad(x, (self.before[1], self.after[1], self.before[0], self.after[0]))
+        if self.pieces == (1, 1):
+            return x
+        x = x.unfold(3, self.map[0], self.step[0]).unfold(4, self.map[1], self.step[1])
+        return x.permute(0, 3, 4, 1, 2, 5, 6).flatten(0, 2)
 
     def result(self, y: Tensor, shape: Numbers) -> Tensor:
         """Outputs (rows, groups, kernels, out1, out2) as the operation gives them, for an input of ``shape``."""
@@ -63,7 +73,10 @@ class Layout:
             kept = list(shape)
             del kept[self.axis]
             return y.reshape(*kept, y.shape[2]).movedim(-1, self.axis)
-        return y.reshape(len(y), y.shape[1] * y.shape[2], *self.out[2 - self.spatial :])
+        if self.pieces != (1, 1):
+            y = y.reshape(-1, *self.pieces, *y.shape[1:]).permute(0, 3, 4, 1, 5, 2, 6)
+            y = y.flatten(3, 4).flatten(4, 5)[..., : self.whole[0], : self.whole[1]]
+        return y.reshape(len(y), y.shape[1] * y.shape[2], *self.whole[2 - self.spatial :])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -121,8 +134,11 @@ def conv_form(
     dilation: Numbers,
     groups: int,
     transposed: bool,
+    plane: Pair,
 ) -> Form:
     """A convolution of one or two dimensions.
+
+    A map that is too large for the plane is shown in pieces that overlap as far as the kernel reaches.
 
     Args:
         shape, weight, out: of input (B, C, *spatial), of the weights, and of the output.
@@ -144,6 +160,7 @@ def conv_form(
         start = [n - 1 - p for n, p in zip(reach, begins, strict=True)]
         kernels, channels = weight[0] // groups, weight[1]
         macs = math.prod(out) * weight[1] * math.prod(taps)
+    raw = list(sizes)
     # Where values are wanted that even the full convolution does not reach, the map has zeros around it.
     before = [max(0, -a) for a in start]
     start = [max(0, a) for a in start]
@@ -151,9 +168,21 @@ def conv_form(
     last = [a + (o - 1) * s + 1 for a, o, s in zip(start, outs, stride, strict=True)]
     after = [max(0, end - have) for end, have in zip(last, full, strict=True)]
     sizes = [m + b + a for m, b, a in zip(sizes, before, after, strict=True)]
+    whole, pieces, step = _pair(outs), [1, 1], [1, 1]
+    for i, (m, n, a, o, s) in enumerate(zip(sizes, reach, start, whole, stride, strict=True)):
+        if max(m, a + (o - 1) * s + 1, m + n - 1 - a) <= plane[i] or n > plane[i]:
+            continue
+        pieces[i] = -(-o // ((plane[i] - n) // s + 1))
+        outs[i] = -(-o // pieces[i])
+        sizes[i], step[i] = (outs[i] - 1) * s + n, outs[i] * s
+        before[i] += n - 1 - a
+        after[i] = (pieces[i] - 1) * step[i] + sizes[i] - before[i] - raw[i]
+        start[i] = n - 1
     map_, kernel, first, wanted, apart = (_pair(each) for each in (sizes, reach, start, outs, stride))
-    work = Workload(name, shape[0], groups, channels, kernels, map_, kernel, first, wanted, apart, macs)
-    layout = Layout("conv", groups, channels, map_, wanted, spatial, _pair(before), _pair(after), _pair(spread))
+    rows = shape[0] * math.prod(pieces)
+    work = Workload(name, rows, groups, channels, kernels, map_, kernel, first, wanted, apart, macs)
+    around = _pair(before), _pair(after), _pair(spread)
+    layout = Layout("conv", groups, channels, map_, wanted, spatial, *around, _pair(pieces), _pair(step), whole)
     return Form(work, layout, _pair(steps), transposed)
 
 

@@ -88,7 +88,7 @@ def _conv(node: ir.Node, plane: Pair) -> Operator | None:
     pads = list(node.attributes.get_ints("pads", ()) or [0] * (2 * spatial))[:spatial]
     groups = int(node.attributes.get_int("group", 1) or 1)
     transposed = node.op_type == "ConvTranspose"
-    form = conv_form(module_of(node), shape, weight.shape, out, stride, pads, dilation, groups, transposed)
+    form = conv_form(module_of(node), shape, weight.shape, out, stride, pads, dilation, groups, transposed, plane)
     return _made(node, form, weight, None if bias is None else bias.reshape(-1, *[1] * spatial))
 
 

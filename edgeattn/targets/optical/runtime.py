@@ -101,15 +101,20 @@ class OpticalRuntime:
         """Every float tensor of the electronics, and the results of the optics, in order."""
         program, folder = self.program(entry), self.folder(entry)
         known = dict(feeds)
+        shown: set[str] = set()
         for turn in program.turns:
             if turn.electronics:
                 given = {name: known[name] for name in self._reads(folder, turn)}
-                yield from Tracer(ir.load(folder / turn.electronics), wanted).over([given])
+                for item in Tracer(ir.load(folder / turn.electronics), wanted).over([given]):
+                    if item.name not in shown:  # what a turn reads has been made, and shown, by another
+                        yield item
+                    shown.add(item.name)
                 session = self._session(folder / turn.electronics)
                 made = [value.name for value in session.get_outputs()]
                 known.update(zip(made, session.run(made, given), strict=True))
             for op in turn.optics:
                 (known[op.output],) = self._optical(op, folder, program, [known])
+                shown.add(op.output)
                 if wanted is None or op.output in wanted:
                     yield TraceValue(op.output, op.module, op.op, known[op.output])
 

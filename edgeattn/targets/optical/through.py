@@ -96,7 +96,14 @@ class through(TorchFunctionMode):
             reach = [(n - 1) * d for n, d in zip(weight.shape[2:], steps["dilation"], strict=True)]
             steps["padding"] = [n // 2 for n in reach]
         form = conv_form(
-            "", input.shape, weight.shape, out, **steps, groups=named.get("groups", 1), transposed=transposed
+            "",
+            input.shape,
+            weight.shape,
+            out,
+            **steps,
+            groups=named.get("groups", 1),
+            transposed=transposed,
+            plane=(self._optics.rows, self._optics.cols),
         )
         y = self._compute(form, input, weight)
         return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
