@@ -109,6 +109,11 @@ class Effects(schema.Strict):
         return not (self.full_well_e is None and self.adc_bits is None and self.laser_drift is None)
 
     @property
+    def of_field(self) -> bool:
+        """Whether the field itself is another one, before any camera."""
+        return self.of_plane or self.input_amplitude_bits is not None or self.input_phase_bits is not None
+
+    @property
     def of_plane(self) -> bool:
         """Whether numbers depend on where on the planes they are shown, so that whole planes have to be computed."""
         given = (self.mask_amplitude_bits, self.mask_phase_bits, self.input_fill_factor, self.mask_fill_factor)

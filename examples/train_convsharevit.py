@@ -16,6 +16,7 @@ Writes checkpoints/vit-digits.safetensors and checkpoints/convsharevit-{v1,v2,v3
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +153,7 @@ class Scores:
 
     Attributes:
         accuracy: share of right answers on the same images.
+        levelled: the same if every A is replaced by 1 / T: what is left if no token looks anywhere in particular.
         entropy: of a row in nats, a number a block; ln T if every key gets the same.
         relative: the mean of ``entropy`` over ln T: 1 is no choice at all.
         untrained: the same of the model as it was initialised.
@@ -163,6 +165,7 @@ class Scores:
     """
 
     accuracy: float
+    levelled: float
     entropy: list[float]
     relative: float
     untrained: float
@@ -194,6 +197,21 @@ def likeness(maps: Sequence[Tensor], others: Sequence[Tensor], mean: float) -> f
     return float(torch.stack(found).mean())
 
 
+def levelled(model: Model) -> Model:
+    """A copy whose tokens look at all tokens alike."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+
+        def weights(
+            x: Tensor, of: Callable[[Tensor], tuple[Tensor, Tensor]] = block.attn._weights
+        ) -> tuple[Tensor, Tensor]:
+            a, v = of(x)
+            return torch.full_like(a, 1.0 / a.shape[-1]), v
+
+        block.attn._weights = weights
+    return model
+
+
 @torch.no_grad()
 def score(model: Model, x: Tensor, y: Tensor, untrained: Model, dense: Sequence[Tensor]) -> Scores:
     """The scores of a trained model.
@@ -213,6 +231,7 @@ def score(model: Model, x: Tensor, y: Tensor, untrained: Model, dense: Sequence[
         whole += float((a - 1.0 / tokens).square().mean())
     return Scores(
         accuracy=accuracy(model, x, y),
+        levelled=accuracy(levelled(model), x, y),
         entropy=entropy,
         relative=float(np.mean(entropy)) / top,
         untrained=float(np.mean(entropies(untrained.eval().attention_maps(x)))) / top,
@@ -252,19 +271,25 @@ def compare(folder: Path) -> dict[str, Scores]:
 def table(found: Mapping[str, Scores]) -> str:
     """Markdown, a row a model."""
     uniform = float(distances(8).mean())
-    lines = [
-        "| Model | Accuracy | Row entropy (nats) | / ln T (untrained) | Distance (patches) | Diagonal "
-        "| Varies with the image | Cosine to the ViT | Correlation |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["Model", "Accuracy", "With A = 1 / T", "Row entropy (nats), by block", "/ ln T (untrained)"]
+    heads += ["Distance", "Diagonal", "Varies", "Cosine", "Correlation"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, s in found.items():
         blocks = ", ".join(f"{value:.2f}" for value in s.entropy)
-        lines.append(
-            f"| {KINDS[key].name} | {s.accuracy:.2%} | {np.mean(s.entropy):.2f} ({blocks}) | {s.relative:.3f} "
-            f"({s.untrained:.3f}) | {s.distance:.2f} | {s.diagonal:.3f} | {s.varies:.2f} | {s.cosine:.2f} "
-            f"| {s.correlation:.2f} |"
-        )
-    flat = f"| *all keys alike* | | {math.log(64):.2f} | 1.000 | {uniform:.2f} | {1 / 64:.3f} | 0 | | 0 |"
+        cells = [
+            KINDS[key].name,
+            f"{s.accuracy:.2%}",
+            f"{s.levelled:.2%}",
+            f"{np.mean(s.entropy):.2f} ({blocks})",
+            f"{s.relative:.3f} ({s.untrained:.3f})",
+            f"{s.distance:.2f}",
+            f"{s.diagonal:.3f}",
+            f"{s.varies:.2f}",
+            f"{s.cosine:.2f}",
+            f"{s.correlation:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    flat = f"| *A = 1 / T* | | | {math.log(64):.2f} | 1.000 | {uniform:.2f} | {1 / 64:.3f} | | | |"
     return "\n".join([*lines, flat])
 
 

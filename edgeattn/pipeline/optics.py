@@ -29,8 +29,8 @@ from edgeattn.targets.optical.runtime import OpticalRuntime
 
 #: Runs whose tiles share the planes while a bundle is scored.
 BATCH = 64
-#: Held-out samples of a sweep unless another number is asked for; and of one whose effects need whole planes.
-SAMPLES, PLANE_SAMPLES = 32, 16
+#: Held-out samples of a sweep unless another number is asked for.
+SAMPLES = 32
 #: Electrons of read-out noise in the sweep of the full well.
 READ_NOISE_E = 3.0
 #: Of a normal distribution's two sides, for intervals of 95 %.
@@ -240,7 +240,7 @@ class Kind:
         return schema.validate(Effects, given, f"sweep of {self.field}")
 
 
-_BITS = (2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
+#: What is gone through unless something else is asked for; what needs whole planes has fewer settings, it takes long.
 KINDS = (
     Kind(
         "Camera: full well",
@@ -252,17 +252,15 @@ KINDS = (
     ),
     Kind("Camera: ADC", "bits", "adc_bits", (4.0, 6.0, 8.0, 10.0, 12.0, 14.0)),
     Kind("Laser: drift from frame to frame", "share of the power", "laser_drift", (0.01, 0.03, 0.1, 0.3), log=True),
-    Kind("Input modulator: amplitude", "bits", "input_amplitude_bits", _BITS),
-    Kind("Mask modulator: amplitude", "bits", "mask_amplitude_bits", _BITS),
-    Kind("Mask modulator: phase", "bits", "mask_phase_bits", _BITS),
-    Kind(
-        "Mask: shift, down and right", "mask pixels", "mask_shift_px", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0), none=0, pair=True
-    ),
+    Kind("Input modulator: amplitude", "bits", "input_amplitude_bits", (2.0, 3.0, 4.0, 6.0, 8.0, 10.0)),
+    Kind("Mask modulator: amplitude", "bits", "mask_amplitude_bits", (2.0, 4.0, 6.0, 8.0)),
+    Kind("Mask modulator: phase", "bits", "mask_phase_bits", (2.0, 4.0, 6.0, 8.0)),
+    Kind("Mask: shift, down and right", "mask pixels", "mask_shift_px", (0.0, 1.0, 2.0, 4.0, 8.0), none=0, pair=True),
     Kind(
         "Camera: shift, down and right",
         "camera pixels",
         "camera_shift_px",
-        (0.0, 0.1, 0.2, 0.35, 0.5, 1.0),
+        (0.0, 0.05, 0.1, 0.25, 0.5),
         none=0,
         pair=True,
     ),
@@ -385,8 +383,8 @@ def curves(
 
     Args:
         on: the first so many held-out samples. say: is told how far it is.
-        on_planes: samples for effects that need whole planes, which take long; a quarter of ``on``, but at least
-            ``PLANE_SAMPLES`` where there are so many, without.
+        on_planes: samples for effects that need whole planes; as many as for the others without. Such planes take
+            long, but samples cost little as long as they share one.
 
     Raises:
         UsageError: the bundle is of another target, or has no held-out samples.
@@ -394,7 +392,7 @@ def curves(
     opened = open_optical(bundle)
     total, optics = len(samples_of(bundle)[1]), opened.program.optics
     many = min(on or SAMPLES, total)
-    few = min(on_planes or max(PLANE_SAMPLES, many // 4), total if on_planes else many)
+    few = min(on_planes or many, total)
     # A camera sees no sign; a device whose field is read has none, and is given the literature's scheme.
     sign = "kernel_split" if optics.effects.sign == "field" else optics.effects.sign
     alone = Effects(sign=sign)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import count
 
 import numpy as np
 import torch
@@ -19,23 +15,22 @@ from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.device import SIGNS, Effects
 from edgeattn.pipeline.optics import Opened
+from edgeattn.report.optics_image import ANGLE, LIGHT, SIGNED, SMALL, Box, Scale, View, of_sign, overview
 from edgeattn.targets.base import own_feeds
-from edgeattn.targets.optical.convolve import REFERENCE, fast_size, input_planes, kernel_plane, parts, wanted
-from edgeattn.targets.optical.physics import Correlator
+from edgeattn.targets.optical.convolve import fast_size, input_planes, kernel_plane, parts, wanted
+from edgeattn.targets.optical.physics import REFERENCE, Correlator
 from edgeattn.targets.optical.program import Operation
 from edgeattn.targets.optical.runtime import OpticalRuntime
 from edgeattn.targets.optical.schedule import Pair, Plan, in_parts, make_plan
 
 #: Pixels of the largest plane that is computed whole; of a larger one its used part is.
 _WHOLE = 1 << 24
-#: Pixels on the page: of a whole plane, and of a part of it. Pixels of the plane that such a part has at least.
-_SMALL, _LARGE, _PART = 320, 480, 128
+#: Pixels on the page of a part of a plane. Pixels of the plane that such a part has at least.
+_LARGE, _PART = 480, 128
 #: Powers of ten that the mask's amplitude is shown over.
 _DECADES = 3
 #: Outlines of one picture at most.
 _OUTLINES = 4000
-
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,8 @@ class Planes:
             middle of the plane.
         seen: intensity on the camera (H, W), turned back, the brightest wanted pixel being 1; the field where the
             device's is read with its sign.
-        tiles, zones: (top, left, bottom, right) of input tiles and of the wanted values.
-        signed: whether inputs have negative numbers. field: whether ``seen`` is a field.
+        tiles, zones: (top, left, bottom, right) of input tiles and of the wanted values. some: kernels (K, N1, N2).
+        signed: whether inputs have negative numbers.
     """
 
     op: Operation
@@ -63,6 +58,7 @@ class Planes:
     seen: Array
     tiles: list[Box]
     zones: list[Box]
+    some: Array
     signed: bool
 
     @property
@@ -104,7 +100,8 @@ def find_planes(opened: Opened, op: Operation) -> Planes:
     middle = torch.fft.fftshift(mask).numpy()
     tiles, zones = list(_tiles(plan)), _zones(plan, size)
     arrays = room.numpy(), kernel.numpy(), middle, seen.numpy()
-    return Planes(op, sample, plan, whole, effects, *arrays, tiles, zones, signed)
+    some = kernels[0].flatten(0, 1)[:256].numpy()
+    return Planes(op, sample, plan, whole, effects, *arrays, tiles, zones, some, signed)
 
 
 def _value(opened: Opened, op: Operation) -> tuple[str, Array]:
@@ -127,7 +124,7 @@ def _value(opened: Opened, op: Operation) -> tuple[str, Array]:
 
 
 def _seen(correlator: Correlator, field: Tensor, plan: Plan) -> Tensor:
-    """Intensity (H, W) of the fields (1, H, W) of a frame, as a camera without noise has it, its scale as ``Planes``'."""
+    """What a camera without noise has of the fields (1, H, W) of a frame, scaled as in ``Planes``."""
     if correlator.effects.sign == "field":
         image = correlator.moved(field.real)
     else:
@@ -161,141 +158,6 @@ def _zones(plan: Plan, size: Pair) -> list[Box]:
 
 # Pictures
 
-Colours = list[tuple[int, int, int]]
-
-
-def _ramp(*anchors: str) -> Colours:
-    """256 colours through "#rrggbb" at even distances."""
-    points = np.array([[int(a[i : i + 2], 16) for i in (1, 3, 5)] for a in anchors], np.float64)
-    at = np.linspace(0, len(anchors) - 1, 256)
-    each = [np.interp(at, np.arange(len(anchors)), points[:, i]) for i in range(3)]
-    return [(int(r), int(g), int(b)) for r, g, b in np.rint(np.stack(each, 1)).tolist()]
-
-
-_SIGNED = ("#2166ac", "#9ecae1", "#ffffff", "#f4a582", "#b2182b")
-_LIGHT = ("#000000", "#1b2a6b", "#1f8a8c", "#9fd356", "#fff9c4")
-_ANGLE = ("#c8534a", "#c9a227", "#3fa796", "#5b5bc0", "#c8534a")
-
-
-def png(levels: Array, colours: Colours) -> bytes:
-    """A PNG image of (H, W) of uint8 that count in a palette of 256 colours."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = levels.shape
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), levels.astype(np.uint8)], 1)  # each row without a filter
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-            chunk(b"PLTE", bytes(value for colour in colours for value in colour)),
-            chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
-            chunk(b"IEND", b""),
-        )
-    )
-
-
-def shrunk(plane: Array, most: int) -> Array:
-    """A plane of at most so many pixels a side; each is the strongest of those that it stands for."""
-    step = -(-max(plane.shape) // most)
-    if step == 1:
-        return plane
-    rows, cols = (-(-n // step) for n in plane.shape)
-    filled = np.zeros((rows * step, cols * step), plane.dtype)
-    filled[: plane.shape[0], : plane.shape[1]] = plane
-    blocks = filled.reshape(rows, step, cols, step).transpose(0, 2, 1, 3).reshape(rows, cols, -1)
-    strongest = np.abs(blocks).argmax(-1)
-    found: Array = np.take_along_axis(blocks, strongest[..., None], -1)[..., 0]
-    return found
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """How values become colours. ``marks``: (share of the bar, label)."""
-
-    anchors: tuple[str, ...]
-    low: float
-    high: float
-    marks: tuple[tuple[float, str], ...]
-    gamma: float = 1.0
-
-    def levels(self, values: Array) -> Array:
-        share = np.clip((values - self.low) / (self.high - self.low), 0, 1) ** self.gamma
-        found: Array = np.rint(255 * share).astype(np.uint8)
-        return found
-
-
-def _of_sign(values: Array) -> _Scale:
-    high = float(np.abs(values).max()) or 1.0
-    return _Scale(_SIGNED, -high, high, ((0, f"−{high:.3g}"), (0.5, "0"), (1, f"{high:.3g}")))
-
-
-def _of_light(label: str) -> _Scale:
-    return _Scale(_LIGHT, 0, 1, ((0, "0"), (0.5, "0.25"), (1, label)), gamma=0.5)
-
-
-_numbers = count()
-
-
-def _bar(scale: _Scale, y: float, width: int, caption: str) -> list[str]:
-    """A legend: colours, marks and what they are of."""
-    name = f"ramp{next(_numbers)}"
-    last = len(scale.anchors) - 1
-    stops = "".join(f'<stop offset="{i / last:.3f}" stop-color="{c}"/>' for i, c in enumerate(scale.anchors))
-    length = min(width, 180)
-    parts = [
-        f'<linearGradient id="{name}">{stops}</linearGradient>',
-        f'<rect x="0.5" y="{y}" width="{length}" height="9" fill="url(#{name})" stroke="#999" stroke-width="0.5"/>',
-    ]
-    for share, label in scale.marks:
-        anchor = {0: "start", 1: "end"}.get(share, "middle")
-        parts.append(f'<text x="{share * length:.1f}" y="{y + 22}" text-anchor="{anchor}">{escape(label)}</text>')
-    parts.append(f'<text x="{length + 10}" y="{y + 9}">{escape(caption)}</text>')
-    return parts
-
-
-@dataclass(frozen=True)
-class _View:
-    """A part of a plane on the page. ``factor``: screen pixels of a pixel."""
-
-    values: Array
-    scale: _Scale
-    caption: str
-    legend: str
-    factor: float
-    boxes: Sequence[Box] = ()
-    stroke: str = "#d95f02"
-
-    def svg(self) -> str:
-        height, width = (round(n * self.factor) for n in self.values.shape)
-        height, width = max(height, 1), max(width, 1)
-        image = base64.b64encode(png(self.scale.levels(self.values), _ramp(*self.scale.anchors))).decode()
-        full = max(width, 320), height + 36
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{full[0]}" height="{full[1]}" '
-            f'viewBox="-1 -1 {full[0] + 2} {full[1] + 2}" font-family="system-ui, sans-serif" font-size="11" '
-            'fill="#333" role="img">',
-            f"<title>{escape(self.caption)}</title>",
-            f'<image width="{width}" height="{height}" href="data:image/png;base64,{image}" '
-            'preserveAspectRatio="none" style="image-rendering: pixelated"/>',
-            f'<rect width="{width}" height="{height}" fill="none" stroke="#999"/>',
-        ]
-        for top, left, bottom, right in self.boxes:
-            x, y, w, h = (round(n * self.factor, 2) for n in (left, top, right - left, bottom - top))
-            parts.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="none" stroke="{self.stroke}"/>')
-        parts += _bar(self.scale, height + 8, width, self.legend)
-        inner = "\n".join([*parts, "</svg>"])
-        return f"<figure>{inner}<figcaption>{escape(self.caption)}</figcaption></figure>"
-
-
-def _overview(plane: Array, scale: _Scale, caption: str, legend: str, used: Pair | None = None) -> _View:
-    """All of a plane, with its used part outlined."""
-    small = shrunk(plane, _SMALL)
-    factor = max(1, _SMALL // max(small.shape))
-    boxes = [(0, 0, *(n / max(plane.shape) * max(small.shape) for n in used))] if used else []
-    return _View(small, scale, caption, legend, factor, boxes, "#555")  # type: ignore[arg-type]
-
 
 def _part(plan: Plan, plane: Pair, used: Pair) -> Pair:
     """Sides of the part of a plane that is shown enlarged, from its corner on: some tiles, of the used ones."""
@@ -304,19 +166,16 @@ def _part(plan: Plan, plane: Pair, used: Pair) -> Pair:
     return down, right
 
 
-def _close(plane: Array, part: Pair, scale: _Scale, caption: str, legend: str, boxes: Sequence[Box]) -> _View:
+def _close(plane: Array, part: Pair, scale: Scale, caption: str, boxes: Sequence[Box], stroke: str) -> View:
     """The corner of a plane, enlarged, with outlines."""
     inside = [box for box in boxes if box[2] <= part[0] and box[3] <= part[1]]
-    # A line around every pixel would hide what it is drawn around.
-    factor = _LARGE / max(part)
+    factor = min(_LARGE / max(part), 24.0)
     factor = float(math.floor(factor)) if factor >= 1 else factor
-    if len(inside) > _OUTLINES:
-        inside = inside[:_OUTLINES]
-    return _View(plane[: part[0], : part[1]], scale, caption, legend, factor, inside)
+    return View(plane[: part[0], : part[1]], scale, caption, factor, inside[:_OUTLINES], stroke)
 
 
-def _row(heading: str, words: str, *views: _View) -> str:
-    pictures = "\n".join(view.svg() for view in views)
+def _row(heading: str, words: str, *views: View) -> str:
+    pictures = "\n".join(view.html() for view in views)
     return f'<h3>{escape(heading)}</h3>\n<p>{escape(words)}</p>\n<div class="views">\n{pictures}\n</div>'
 
 
@@ -326,101 +185,132 @@ def _by(pair: Pair) -> str:
 
 def pictures(planes: Planes) -> str:
     """Input plane, kernel plane, mask and camera of a frame, as HTML."""
-    plan, work = planes.plan, planes.plan.work
-    (used_in, used_out), plane = (_used(plan), plan.extent), planes.inputs.shape
-    about = "the plane" if planes.whole else "its used part"
-    near_in, near_out = (_part(plan, plane, used) for used in (used_in, used_out))
-    boxes = [box for box in planes.tiles if planes.plan.pitch != (1, 1) or plan.channels != (1, 1)]
-    scale = _of_sign(planes.inputs)
-    rows = min(plan.rows_at_once, work.rows)
-    inputs = _row(
-        "Input plane",
-        f"{rows} of {work.rows} rows, in tiles of {_by((plan.channels[0] * plan.pitch[0], plan.channels[1] * plan.pitch[1]))} "
-        f"pixels: {_by(plan.channels)} channels side by side, {_by(plan.pitch)} pixels apart. " + _input_words(planes),
-        _overview(planes.inputs, scale, f"all of {about}, {_by(plane)} pixels", "amplitude", used_in),
-        _close(planes.inputs, near_in, scale, f"its corner, {_by(near_in)} pixels; a tile in each frame", "", boxes),
-    )
-    scale = _of_sign(planes.kernels)
-    kernels = _row(
-        "Kernel plane",
-        f"{plan.kernels_at_once} of {work.kernels} kernels of {_by(work.kernel)} for each of {plan.groups} groups, "
-        f"laid out {_by(plan.kernels)}, each as far from the next as all input tiles are wide. Nothing shows this plane: "
-        "its Fourier transform is the mask." + _kernel_words(planes),
-        _overview(planes.kernels, scale, f"all of {about}", "weight", used_out),
-        _close(planes.kernels, near_out, scale, f"its corner, {_by(near_out)} pixels", "", ()),
-    )
-    return "\n".join([inputs, kernels, _mask_row(planes), _camera_row(planes, near_out)])
+    return "\n".join([_input_row(planes), _kernel_row(planes), _mask_row(planes), _camera_row(planes)])
 
 
-def _used(plan: Plan) -> Pair:
+def _all_of(planes: Planes) -> str:
+    size = planes.inputs.shape
+    return f"all {_by((size[0], size[1]))} pixels" + ("" if planes.whole else " of the plane that are used")
+
+
+def _input_row(planes: Planes) -> str:
+    plan, work, (height, width) = planes.plan, planes.plan.work, planes.inputs.shape
     down, right = (a * c * s for a, c, s in zip(plan.tiles, plan.channels, plan.pitch, strict=True))
-    return down, right
-
-
-def _input_words(planes: Planes) -> str:
+    near = _part(plan, (height, width), (down, right))
+    rows = min(plan.rows_at_once, work.rows)
+    words = f"{rows:,} of {work.rows:,} rows in a frame, as tiles of {_by(plan.pitch)} pixels"
+    if plan.channels_at_once > 1:
+        words += f", each with {plan.channels_at_once} channels that are summed as light"
     inputs = parts(planes.effects, planes.signed)[0]
     if planes.effects.sign == "offset" and planes.signed:
-        return "All of it is lifted above zero."
-    if inputs == 2:
-        return "Positive and negative parts are rows of their own: nothing is negative."
-    return "Negative numbers have a phase of pi." if planes.signed else ""
+        words += "; all of it is lifted above zero."
+    elif inputs == 2:
+        words += "; positive and negative parts are rows of their own."
+    else:
+        words += "; negative numbers have a phase of π." if planes.signed else "."
+    negative = bool((planes.inputs < 0).any())
+    high = float(np.abs(planes.inputs).max()) or 1.0
+    light = Scale(LIGHT, 0, high, ((0, "0"), (1, f"{high:.3g}")))
+    scale = of_sign(planes.inputs) if negative else light
+    stroke = "#d95f02" if negative else "#ff7f50"
+    return _row(
+        "Input plane",
+        words,
+        overview(planes.inputs, scale, f"{_all_of(planes)}; what is used is outlined", (down, right)),
+        _close(planes.inputs, near, scale, f"corner of {_by(near)} pixels, with its tiles", planes.tiles, stroke),
+    )
 
 
-def _kernel_words(planes: Planes) -> str:
+def _kernel_row(planes: Planes) -> str:
+    plan, work = planes.plan, planes.plan.work
+    count = min(plan.kernels_at_once, work.kernels)
+    words = f"{count:,} of {work.kernels:,} kernels of {_by(work.kernel)}"
+    words += f" for each of {plan.groups} groups" if plan.groups > 1 else ""
+    words += ", as far apart as all input tiles are wide"
     if SIGNS[planes.effects.sign][1] == 2:
-        return " Positive and negative parts are kernels of their own."
-    return ""
+        words += "; positive and negative parts are kernels of their own"
+    words += ". Nothing shows this plane: its Fourier transform is the mask."
+    scale = of_sign(planes.kernels)
+    gallery, places = _gallery(planes.some)
+    factor = max(1.0, float(min(12, _LARGE // max(gallery.shape))))
+    title = f"the first {len(places)} of its kernels, moved together" if len(places) > 1 else "its first kernel"
+    return _row(
+        "Kernel plane",
+        words,
+        overview(planes.kernels, scale, f"{_all_of(planes)}; what is used is outlined", plan.extent),
+        View(gallery, scale, title, factor, places, "#888"),
+    )
+
+
+def _gallery(kernels: Array) -> tuple[Array, list[Box]]:
+    """Kernels (K, N1, N2) side by side, with a pixel between them; as many as there is room for, and where they are."""
+    height, width = kernels.shape[1:]
+    across = max(1, min(16, _LARGE // (width + 1)))
+    many = min(len(kernels), across * max(1, min(10, _LARGE // (height + 1))))
+    down = -(-many // across)
+    found = np.zeros((down * (height + 1) - 1, min(across, many) * (width + 1) - 1), kernels.dtype)
+    places = []
+    for i in range(many):
+        top, left = i // across * (height + 1), i % across * (width + 1)
+        found[top : top + height, left : left + width] = kernels[i]
+        places.append((top, left, top + height, left + width))
+    return found, places
 
 
 def _mask_row(planes: Planes) -> str:
     amplitude = np.abs(planes.mask)
     peak = float(amplitude.max()) or 1.0
     shown = np.log10(np.maximum(amplitude / peak, 10.0**-_DECADES)) + _DECADES
-    marks = ((0, f"10^−{_DECADES}"), (1, "peak"))
-    scale = _Scale(_LIGHT, 0, _DECADES, marks)
-    angle = _Scale(_ANGLE, -math.pi, math.pi, ((0, "−π"), (0.5, "0"), (1, "π")))
+    scale = Scale(LIGHT, 0, _DECADES, ((0, f"{10.0**-_DECADES:g}"), (1, "1")))
+    angle = Scale(ANGLE, -math.pi, math.pi, ((0, "−π"), (0.5, "0"), (1, "π")))
     side = min(_PART, *amplitude.shape)
     top, left = ((n - side) // 2 for n in amplitude.shape)
     middle = slice(top, top + side), slice(left, left + side)
-    factor = max(1, _SMALL // side)
-    near = f"its middle, {_by((side, side))} pixels"
+    factor = max(1.0, float(SMALL // side))
+    near = f"{_by((side, side))} pixels in the middle"
+    every = "; each dot is the strongest of its pixels" if max(amplitude.shape) > SMALL else ""
     return _row(
         "Mask",
-        f"What the second modulator shows, low frequencies in the middle. {_shown_words(planes)}",
-        _overview(shown, scale, "amplitude", "logarithmic"),
-        _View(shown[middle], scale, f"amplitude, {near}", "logarithmic", factor),
-        _View(np.angle(planes.mask)[middle], angle, f"phase, {near}", "radians", factor),
+        f"What the second modulator shows, low frequencies in the middle. {_mask_words(planes)}",
+        overview(shown, scale, f"amplitude of {_all_of(planes)}, as a share of the largest, logarithmic{every}"),
+        View(shown[middle], scale, f"amplitude of {near}", factor),
+        View(np.angle(planes.mask)[middle], angle, f"phase of {near}, in radians", factor),
     )
 
 
-def _shown_words(planes: Planes) -> str:
+def _mask_words(planes: Planes) -> str:
     """What of the device's effects the mask has in it."""
     effects, found = planes.effects, []
     if effects.mask != "complex":
-        found.append(f"its {effects.mask} alone can be shown")
+        found.append(f"its {effects.mask} alone is shown")
     if effects.mask_amplitude_bits is not None:
         found.append(f"amplitudes of {effects.mask_amplitude_bits} bits")
     if effects.mask_phase_bits is not None:
         found.append(f"phases of {effects.mask_phase_bits} bits")
-    return f"With the device's own limits: {', '.join(found)}." if found else "As exact as numbers are."
+    if effects.mask_shift_px is not None:
+        found.append(f"shifted by {effects.mask_shift_px[0]:g} and {effects.mask_shift_px[1]:g} pixels")
+    if effects.defocus_waves is not None:
+        found.append(f"{effects.defocus_waves:g} waves out of focus")
+    return f"With the limits of the device: {', '.join(found)}." if found else "The device file sets it no limits."
 
 
-def _camera_row(planes: Planes, near: Pair) -> str:
-    plan, what = planes.plan, "field" if planes.field else "intensity"
+def _camera_row(planes: Planes) -> str:
+    plan, (height, width) = planes.plan, planes.seen.shape
     if planes.field:
-        scale, legend = _Scale(_SIGNED, -1, 1, ((0, "−1"), (0.5, "0"), (1, "1"))), "of the strongest wanted one"
+        scale, stroke = Scale(SIGNED, -1, 1, ((0, "−1"), (0.5, "0"), (1, "1"))), "#111"
+        words = "The field that electronics read with its sign"
     else:
-        scale, legend = _of_light("1"), "of the brightest wanted one, square root"
-    words = (
-        f"The {what} that electronics read, turned back by 180 degrees, without the camera's noise. "
-        f"{len(planes.zones):,} wanted zones of {_by(plan.work.out)} values are outlined; what is between them nobody reads"
-        + ("." if planes.field else f", and may be brighter than all that is wanted. Sign scheme {planes.effects.sign}.")
+        scale, stroke = Scale(LIGHT, 0, 1, ((0, "0"), (0.5, "0.25"), (1, "1")), gamma=0.5), "#ff7f50"
+        words = f"The intensity, under sign scheme {planes.effects.sign}, without the camera's noise"
+    near = _part(plan, (height, width), plan.extent)
+    words += (
+        f", turned back by 180 degrees. {len(planes.zones):,} zones with {_by(plan.work.out)} wanted values are "
+        "outlined; what is between them nobody reads, and may be brighter than all that is wanted."
     )
-    stroke = "#111" if planes.field else "#ff7f50"
-    view = _close(planes.seen, near, scale, f"its corner, {_by(near)} pixels", "", planes.zones)
+    of = "the strongest wanted value" if planes.field else "the brightest wanted pixel, on a square-root scale"
     return _row(
         "Camera",
         words,
-        _overview(planes.seen, scale, f"all of {'the plane' if planes.whole else 'its used part'}", legend, plan.extent),
-        _View(view.values, scale, view.caption, "", view.factor, view.boxes, stroke),
+        overview(planes.seen, scale, f"{_all_of(planes)}, as a share of {of}", plan.extent),
+        _close(planes.seen, near, scale, f"corner of {_by(near)} pixels, with its zones", planes.zones, stroke),
     )

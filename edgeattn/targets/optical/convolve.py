@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,10 +15,8 @@ from edgeattn.targets.optical.schedule import Pair, Plan, Workload, in_parts, ma
 
 #: Pixels of all frames that go through the correlator together.
 _PIXELS = 1 << 24
-#: A reference beam over the strongest field of a frame: no sum of both is dark, where roots tell nothing.
-REFERENCE = 1.1
-#: Bytes of masks that are kept instead of being transformed anew at every run.
-MASK_BYTES = 1 << 30
+#: Side of planes that stay in a processor's cache.
+_SMALL = 256
 
 
 def fast_size(size: int, most: int) -> int:
@@ -108,14 +106,41 @@ def wanted(planes: Tensor, plan: Plan) -> Tensor:
     return pairs.diagonal(dim1=2, dim2=4).movedim(-1, 2)
 
 
+class MaskStore:
+    """Masks that are kept instead of being transformed anew at every run, as long as there is room.
+
+    Args:
+        most: bytes.
+    """
+
+    def __init__(self, most: int = 1 << 30) -> None:
+        self._room = most
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The mask of that key."""
+        if key in self._kept:
+            return self._kept[key]
+        mask = make()
+        size = mask.numel() * mask.element_size()
+        if not mask.requires_grad and size <= self._room:
+            self._kept[key] = mask
+            self._room -= size
+        return mask
+
+
 class Convolver:
     """One operation on the planes of a device: its kernels, which stay, are convolved with whatever comes.
+
+    What no effect depends on is not simulated at full length: an ideal correlator gives the same numbers on smaller
+    planes, which are faster; and where nothing changes the field before the camera, it is a plain convolution.
 
     Args:
         kernels: (groups, kernels, channels, N1, N2), as they convolve.
         work: what is to be done, for any number of rows.
         effects: of the hardware; an ideal correlator, whose field is read with its sign, without.
-        generator: of what is random.
+        generator: of what is random. masks: where they are kept.
+        as_planned: show everything on the device's planes all the same.
     """
 
     def __init__(
@@ -125,25 +150,35 @@ class Convolver:
         optics: Optics,
         effects: Effects | None = None,
         generator: torch.Generator | None = None,
+        masks: MaskStore | None = None,
+        as_planned: bool = False,
     ) -> None:
         self._kernels = kernels
         self._work = work
         self._plane = (optics.rows, optics.cols)
         self._effects = effects
         self._generator = generator or torch.Generator().manual_seed(effects.seed if effects else 0)
-        self._masks: dict[tuple[Plan, tuple[int, int, int]], Tensor] = {}
-        self._held = 0
+        self._masks = masks or MaskStore()
+        self._as_planned = as_planned
 
     def plan(self, rows: int, signed: bool = True) -> Plan:
-        """How so many rows are shown. ``signed``: some of their numbers are negative."""
+        """How a device shows so many rows. ``signed``: some of their numbers are negative."""
         work = replace(self._work, rows=rows)
         return make_plan(in_parts(work, *parts(self._effects, signed)), self._plane)
+
+    def simulated(self, rows: int, signed: bool = True) -> Plan:
+        """How they are shown here: on smaller planes, where they are ideal."""
+        if self._effects is not None or self._as_planned:
+            return self.plan(rows, signed)
+        pitch = self._work.pitch
+        down, right = (min(side, max(_SMALL, 2 * n)) for side, n in zip(self._plane, pitch, strict=True))
+        return make_plan(replace(self._work, rows=rows), (down, right))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
         signed = bool((x < 0).any())
         inputs, kernels = parts(self._effects, signed)
-        plan, shown, shown_kernels = self.plan(len(x), signed), x, self._kernels
+        plan, shown, shown_kernels = self.simulated(len(x), signed), x, self._kernels
         lift = None
         if self._effects is not None and self._effects.sign == "offset" and signed:
             lift = -x.detach().amin()
@@ -152,7 +187,8 @@ class Convolver:
             shown = torch.cat([shown.clamp_min(0), (-shown).clamp_min(0)])
         if kernels == 2:
             shown_kernels = torch.cat([self._kernels.clamp_min(0), (-self._kernels).clamp_min(0)], 1)
-        y = self._run(shown, shown_kernels, plan)
+        plain = self._effects is not None and not self._effects.of_field and not self._as_planned
+        y = (self._plain if plain else self._on_planes)(shown, shown_kernels, plan)
         if kernels == 2:
             y = y[:, :, : self._work.kernels] - y[:, :, self._work.kernels :]
         if inputs == 2:
@@ -162,15 +198,15 @@ class Convolver:
     def _box(self) -> Tensor:
         """What kernels make of a map of ones, known beforehand to electronics: (1, groups, kernels, out1, out2)."""
         work = self._work
-        ones = torch.ones(1, work.groups * work.channels, *work.map)
-        return direct(ones.reshape(1, work.groups, work.channels, *work.map), self._kernels, work)
+        ones = torch.ones(1, work.groups, work.channels, *work.map)
+        return direct(ones, self._kernels, work)
 
-    def _run(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
+    def _on_planes(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
+        """Every frame through the correlator."""
         groups, _, kernel_blocks, channels = plan.blocks
-        whole = self._effects is not None and self._effects.of_plane
         extent = plan.extent
-        size = (fast_size(extent[0], self._plane[0]), fast_size(extent[1], self._plane[1]))
-        period = self._plane if whole else size
+        size = (fast_size(extent[0], plan.plane[0]), fast_size(extent[1], plan.plane[1]))
+        period = plan.plane if self._effects is not None and self._effects.of_plane else size
         at_once = max(1, _PIXELS // math.prod(period))
         found = []
         for group in range(groups):
@@ -180,27 +216,23 @@ class Convolver:
                 spectra = [self._spectrum(part, period) for part in torch.split(planes, at_once)]
                 for kernel in range(kernel_blocks):
                     mask = self._mask(kernels, plan, (group, kernel, channel), period)
-                    seen = torch.cat([self._show(spectrum, mask, plan, period) for spectrum in spectra])
+                    seen = [self._show(spectrum, mask, plan, period) for spectrum in spectra]
+                    part = seen[0] if len(seen) == 1 else torch.cat(seen)
                     known = sums[kernel]
-                    sums[kernel] = seen if known is None else known + seen
+                    sums[kernel] = part if known is None else known + part
             # (frames, kernels of a frame, groups, rows, out) -> (rows, groups, kernels, out)
             each = [part.permute(0, 3, 2, 1, 4, 5).flatten(0, 1) for part in sums if part is not None]
             found.append(torch.cat(each, 2)[:, :, : plan.work.kernels])
         return torch.cat(found, 1)[: plan.work.rows, : plan.work.groups]
 
     def _mask(self, kernels: Tensor, plan: Plan, block: tuple[int, int, int], period: Pair) -> Tensor:
-        if (plan, block) in self._masks:
-            return self._masks[plan, block]
-        plane = kernel_plane(kernels, plan, block, period)
-        if self._effects is None:
-            mask = ideal_spectrum(plane, period)
-        else:
-            mask = Correlator(self._effects, period, self._generator).masks(plane[None])[0]
-        size = mask.numel() * mask.element_size()
-        if not mask.requires_grad and self._held + size <= MASK_BYTES:
-            self._masks[plan, block] = mask
-            self._held += size
-        return mask
+        def make() -> Tensor:
+            plane = kernel_plane(kernels, plan, block, period)
+            if self._effects is None:
+                return ideal_spectrum(plane, period)
+            return Correlator(self._effects, period, self._generator).masks(plane[None])[0]
+
+        return self._masks.get((id(self), plan, block), make)
 
     def _spectrum(self, planes: Tensor, period: Pair) -> Tensor:
         if self._effects is None:
@@ -212,16 +244,28 @@ class Convolver:
         if self._effects is None:
             return wanted(ideal_field(spectrum, mask, period), plan)
         correlator = Correlator(self._effects, period, self._generator)
-        field = correlator.field(spectrum, mask)
-        sign = self._effects.sign
-        if sign == "field":
-            return wanted(correlator.moved(field.real), plan)
-        reference = torch.zeros(len(field), 1, 1)
-        if sign == "reference":
-            reference = REFERENCE * wanted(field.detach().real, plan).abs().flatten(1).amax(1).reshape(-1, 1, 1)
-        intensity = (field.real + reference).square() + field.imag.square()
-        amplitude = correlator.detect(wanted(correlator.moved(intensity), plan))
-        return amplitude - reference.reshape(-1, *[1] * (amplitude.ndim - 1))
+        return correlator.read(correlator.field(spectrum, mask), lambda planes: wanted(planes, plan))
+
+    def _plain(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
+        """Fields as plain convolutions; the camera exposes, and the laser drifts, frame by frame all the same."""
+        assert self._effects is not None
+        correlator = Correlator(self._effects, plan.plane, self._generator)
+        rows, at_once = plan.blocks[1], plan.rows_at_once
+        filled = _filled(x, (rows * at_once,))
+        found = []
+        for group in torch.split(torch.arange(plan.work.groups), plan.groups):
+            sums: Tensor | None = None
+            for channel in torch.split(torch.arange(plan.work.channels), plan.channels_at_once):
+                part = replace(plan.work, groups=len(group), channels=len(channel))
+                fields = direct(filled[:, group][:, :, channel], kernels[group][:, :, channel], part)
+                fields = fields.reshape(rows, at_once, *fields.shape[1:])
+                shown = torch.split(fields, plan.kernels_at_once, 3)
+                frames = [correlator.read(field, lambda whole: whole) for field in shown]
+                seen = torch.cat(frames, 3).flatten(0, 1)
+                sums = seen if sums is None else sums + seen
+            assert sums is not None
+            found.append(sums)
+        return torch.cat(found, 1)[: plan.work.rows]
 
 
 def parts(effects: Effects | None, signed: bool) -> tuple[int, int]:

@@ -153,7 +153,7 @@ class _Writer:
             signed = signed or bool((maps < 0).any())
             wanted = direct(maps, kernels, work)
             for effects, bound in ((None, IDEAL), (sign, SIGNED)):
-                seen = Convolver(kernels, work, self._optics, effects)(maps)
+                seen = Convolver(kernels, work, self._optics, effects, as_planned=True)(maps)
                 numbers = compare(wanted.numpy(), seen.numpy())
                 if not numbers.holds(bound):
                     raise CheckFailed(

@@ -9,6 +9,7 @@ back as they read it. Everything here keeps gradients; what rounds or is random 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from edgeattn.device import Effects
 from edgeattn.targets.optical.schedule import Pair
 
+#: A reference beam over the strongest field of a frame: no sum of both is dark, where roots tell nothing.
+REFERENCE = 1.1
 #: Intensities below this share of full scale have a square root whose gradient is taken as zero.
 _DARK = 1e-12
 
@@ -130,6 +133,32 @@ class Correlator:
             down, right = (torch.fft.fftshift(torch.fft.fftfreq(size, dtype=field.real.dtype)) for size in self.plane)
             field = field * (torch.sinc(side * down)[:, None] * torch.sinc(side * right))
         return field
+
+    def read(self, field: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The wanted values of fields (F, ...), as electronics have them after the camera.
+
+        Args:
+            pick: takes them (F, ...) out of what the camera sees.
+        """
+        effects = self.effects
+        real = field.real if field.is_complex() else field
+        if effects.sign == "field":
+            return pick(self.moved(real))
+        reference: Tensor = torch.zeros(len(field))
+        if effects.sign == "reference":
+            reference = REFERENCE * pick(real.detach()).abs().flatten(1).amax(1)
+
+        def intensity(seen: Tensor) -> Tensor:
+            beam = reference.reshape(-1, *[1] * (seen.ndim - 1))
+            if not seen.is_complex():
+                return (seen + beam).square()
+            return (seen.real + beam).square() + seen.imag.square()
+
+        if effects.camera_shift_px is None and effects.rotation_deg is None:
+            amplitude = self.detect(intensity(pick(field)))
+        else:
+            amplitude = self.detect(pick(self.moved(intensity(field))))
+        return amplitude - reference.reshape(-1, *[1] * (amplitude.ndim - 1))
 
     def moved(self, image: Tensor) -> Tensor:
         """What a shifted, rotated camera sees of an intensity (F, L1, L2): pixels between others are interpolated."""

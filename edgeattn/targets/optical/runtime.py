@@ -14,7 +14,7 @@ from edgeattn.core.numerics import Array
 from edgeattn.device import Effects, Optics
 from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
 from edgeattn.targets.onnx_graph.execute import Tracer, graph_steps, make_session
-from edgeattn.targets.optical.convolve import Convolver
+from edgeattn.targets.optical.convolve import Convolver, MaskStore
 from edgeattn.targets.optical.program import Operation, OpticalProgram, Turn
 
 
@@ -34,6 +34,7 @@ class OpticalRuntime:
         self._programs: dict[str, OpticalProgram] = {}
         self._sessions: dict[Path, ort.InferenceSession] = {}
         self._convolvers: dict[Path, Convolver] = {}
+        self._masks = MaskStore()
         self._biases: dict[Path, Array | None] = {}
 
     def folder(self, entry: str) -> Path:
@@ -85,7 +86,7 @@ class OpticalRuntime:
         if place not in self._convolvers:
             kernels = torch.from_numpy(op.kernels(folder))
             optics = self._optics or program.optics
-            self._convolvers[place] = Convolver(kernels, op.work, optics, self._effects, self._generator)
+            self._convolvers[place] = Convolver(kernels, op.work, optics, self._effects, self._generator, self._masks)
             self._biases[place] = op.offset(folder)
         maps = torch.cat([op.layout.maps(torch.from_numpy(values[op.input])) for values in known])
         with torch.no_grad():
