@@ -186,8 +186,8 @@ def optics_rows(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
         ),
         (
             "frames",
-            f"{found['frames']} of {device} for one input, {found['mask_writes']} masks; the planes are "
-            f"{found['fill']:.1%} full",
+            f"{found['frames']} of {device} for one input, {found['mask_writes']} masks; zones lie on "
+            f"{found['fill']:.1%} of the planes, {found['macs_a_pixel']:.2g} multiplications of use behind a pixel",
         ),
         ("time", f"{duration(found['total_s'])} for one input, computed: {parts}"),
         ("assumed", "; ".join(found["assumptions"])),

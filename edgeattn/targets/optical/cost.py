@@ -26,7 +26,8 @@ class Cost:
         seconds: by part: ``frames``, ``masks``, ``readout``, ``electronics``; of the whole batch.
         joules: by part: ``input``, ``masks``, ``readout``, ``electronics``, ``static``.
         roi_readout_s, roi_readout_j: read-out where the camera reads the wanted pixels alone instead of whole frames.
-        fill: share of the planes' pixels that a multiplication of use happens behind.
+        fill: share of the planes' pixels that zones lie on. macs_a_pixel: multiply-accumulates for each pixel of each
+            frame.
         assumptions: sentences.
     """
 
@@ -41,6 +42,7 @@ class Cost:
     roi_readout_s: float
     roi_readout_j: float
     fill: float
+    macs_a_pixel: float
     assumptions: tuple[str, ...]
 
     @property
@@ -128,7 +130,8 @@ def cost(plans: Sequence[Plan], optics: Optics, batch: int = 1, electronic_ops: 
         joules,
         _over(useful, optics.readout_px_s),
         1e-12 * useful * (optics.readout_pj_px or 0.0),
-        macs / (frames * pixels) if frames else 0.0,
+        sum(plan.frames * math.prod(plan.extent) for plan in plans) / (pixels * sum(plan.frames for plan in plans)),
+        macs / (frames * pixels),
         assumptions(optics),
     )
 

@@ -77,4 +77,5 @@ def _part(
     outside = [v for v in taken if v.graph is model.graph or v.producer() is None]
     graph = ir.convenience.extract(model.graph, outside, given)
     graph.name = "main"
+    graph.metadata_props.clear()
     return ir.Model(graph, ir_version=model.ir_version)
