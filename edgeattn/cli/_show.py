@@ -181,8 +181,8 @@ def optics_rows(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
     return [
         (
             "on optics",
-            f"{found['share']:.1%} of {found['optical_macs'] + found['electronic_ops']:,} operations: {kinds}; each "
-            f"plan was carried out, largest relative L2 {found['largest_error']:.1e}",
+            f"{found['share']:.1%} of {found['optical_macs'] + found['electronic_ops']:,} operations: {kinds}; plans "
+            f"carried out, largest relative L2 {found['largest_error']:.1e}",
         ),
         (
             "frames",

@@ -244,7 +244,7 @@ class Kind:
 KINDS = (
     Kind(
         "Camera: full well",
-        f"electrons, read-out noise {READ_NOISE_E:g}",
+        f"electrons, {READ_NOISE_E:g} of read-out noise",
         "full_well_e",
         (1e2, 1e3, 1e4, 1e5, 1e6),
         log=True,

@@ -13,7 +13,7 @@ from edgeattn.core.files import write_whole
 from edgeattn.device import Optics
 from edgeattn.pipeline.optics import Costs, Curves, Opened, Span
 from edgeattn.report.optics_charts import curves as charts
-from edgeattn.report.optics_charts import si, timeline
+from edgeattn.report.optics_charts import mark, si, timeline
 from edgeattn.report.optics_planes import Planes, pictures
 from edgeattn.targets.optical.cost import Cost, cost
 from edgeattn.targets.optical.program import Operation
@@ -217,8 +217,7 @@ def curve_rows(found: Curves) -> list[tuple[str, str, str, str]]:
         rows.append(_curve_row("all effects of the device", "", found.device))
     for sweep in found.sweeps:
         for i, point in enumerate(sweep.points):
-            unit = sweep.kind.unit.split(",")[0]
-            rows.append(_curve_row("" if i else sweep.kind.title, f"{point.setting:g} {unit}", point))
+            rows.append(_curve_row("" if i else sweep.kind.title, f"{mark(point.setting)} {sweep.kind.unit}", point))
     return rows
 
 

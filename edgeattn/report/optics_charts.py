@@ -125,7 +125,7 @@ def _places(kind: Kind) -> tuple[Callable[[float], float], list[float]]:
     return at, shown
 
 
-def _mark(value: float) -> str:
+def mark(value: float) -> str:
     """A setting as a label: 10000 as 10k."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -135,7 +135,7 @@ def _mark(value: float) -> str:
 
 def _bar(x: float, point: Point, y: Callable[[float], float], colour: str) -> str:
     low, high = (y(value) for value in point.interval)
-    title = f"{point.setting:g}: {point.correct} of {point.of}, {point.accuracy:.1%}"
+    title = f"{mark(point.setting)}: {point.correct} of {point.of}, {point.accuracy:.1%}"
     return (
         f'<path d="M{x - 3:.1f} {low:.1f}h6m-3 0V{high:.1f}m-3 0h6" stroke="{colour}" fill="none"/>'
         f'<circle cx="{x:.1f}" cy="{y(point.accuracy):.1f}" r="3" fill="{colour}">'
@@ -160,8 +160,7 @@ def _chart(sweeps: Sequence[Sweep], colours: Sequence[str], left: float, top: fl
     on = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
     parts = [
         _text(left + _PAD[0], top + 18, kind.title, 'font-size="13" font-weight="600"'),
-        _text(x0 + width / 2, y0 + height + 34, kind.unit, 'text-anchor="middle" fill="#555"'),
-        _text(x0 + width, y0 + height + 48, f"{on} samples", 'text-anchor="end" fill="#888" font-size="10"'),
+        _text(x0 + width / 2, y0 + height + 34, f"{kind.unit}; {on} samples", 'text-anchor="middle" fill="#555"'),
     ]
     for percent in range(0, 101, 25):
         line = y(percent / 100)
@@ -169,7 +168,7 @@ def _chart(sweeps: Sequence[Sweep], colours: Sequence[str], left: float, top: fl
         parts.append(_text(x0 - 6, line + 4, f"{percent} %", 'text-anchor="end" fill="#555" font-size="11"'))
     for value in marks:
         parts.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{y(0)}" y2="{y(0) + 4}" stroke="#888"/>')
-        parts.append(_text(x(value), y(0) + 17, _mark(value), 'text-anchor="middle" fill="#555" font-size="11"'))
+        parts.append(_text(x(value), y(0) + 17, mark(value), 'text-anchor="middle" fill="#555" font-size="11"'))
     for sweep, colour in zip(sweeps, colours, strict=True):
         ideal = y(sweep.ideal.accuracy)
         dash = f'stroke="{colour}" stroke-dasharray="5 4" stroke-opacity="0.7"'

@@ -88,7 +88,7 @@ def test_the_table_of_the_docs_is_what_the_checkpoints_give(example: ModuleType,
     shown = page[page.index(computed[0]) :].splitlines()[: len(computed)]
     assert len(computed) == 7
     for ours, theirs in zip(computed, shown, strict=True):
-        pattern = r"\d+\.\d+%?"
+        pattern = r"-?\d+\.\d+%?"
         assert re.sub(pattern, "#", ours) == re.sub(pattern, "#", theirs)
         for a, b in zip(re.findall(pattern, ours), re.findall(pattern, theirs), strict=True):
             assert float(a.rstrip("%")) == pytest.approx(float(b.rstrip("%")), abs=0.6 if a.endswith("%") else 0.0101)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgeattn import device as devices
 from edgeattn.core import tools
@@ -24,6 +24,7 @@ class OpticalTarget(Target):
 
     name: ClassVar[str] = "optical"
     runtime_tools: ClassVar[tuple[str, ...]] = ("edgeattn", "torch", "onnxruntime", "numpy")
+    cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = "whole"
     tolerances: ClassVar[Mapping[str, float]] = {"fp32": 1e-4}
     unproven: ClassVar[str] = (
         "computed on ideal planes, simulated: no optical hardware has run it; what noise, bits and misalignment of a "

@@ -176,24 +176,56 @@ class Convolver:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
-        signed = bool((x < 0).any())
-        inputs, kernels = parts(self._effects, signed)
-        plan, shown, shown_kernels = self.simulated(len(x), signed), x, self._kernels
-        lift = None
-        if self._effects is not None and self._effects.sign == "offset" and signed:
-            lift = -x.detach().amin()
-            shown = x + lift
-        if inputs == 2:
-            shown = torch.cat([shown.clamp_min(0), (-shown).clamp_min(0)])
-        if kernels == 2:
-            shown_kernels = torch.cat([self._kernels.clamp_min(0), (-self._kernels).clamp_min(0)], 1)
+        plan, shown, kernels, lift = self._shown(x)
         plain = self._effects is not None and not self._effects.of_field and not self._as_planned
-        y = (self._plain if plain else self._on_planes)(shown, shown_kernels, plan)
-        if kernels == 2:
-            y = y[:, :, : self._work.kernels] - y[:, :, self._work.kernels :]
-        if inputs == 2:
+        y = (self._plain if plain else self._on_planes)(shown, kernels, plan)
+        work = self._work
+        if y.shape[2] > work.kernels:
+            y = y[:, :, : work.kernels] - y[:, :, work.kernels :]
+        if len(y) > len(x):
             y = y[: len(x)] - y[len(x) :]
         return y if lift is None else y - lift * self._box()
+
+    def _shown(self, x: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor | None]:
+        """Plan, maps and kernels in the parts that are shown, and what the maps were lifted by."""
+        signed = bool((x < 0).any())
+        inputs, parts_of_kernels = parts(self._effects, signed)
+        kernels, lift = self._kernels, None
+        plan = self.simulated(len(x), signed)
+        if self._effects is not None and self._effects.sign == "offset" and signed:
+            lift = -x.detach().amin()
+            x = x + lift
+        if inputs == 2:
+            x = torch.cat([x.clamp_min(0), (-x).clamp_min(0)])
+        if parts_of_kernels == 2:
+            kernels = torch.cat([kernels.clamp_min(0), (-kernels).clamp_min(0)], 1)
+        return plan, x, kernels, lift
+
+    def carried_out(self, x: Tensor, most: int) -> tuple[Tensor, Tensor, int]:
+        """What frames of the plan give, beside plain convolutions of the same numbers, and how many frames that were.
+
+        Args:
+            x: maps (rows, groups, channels, M1, M2). most: frames; of more than that some are taken, spread over the
+                plan, but all channels of each.
+        """
+        plan, shown, kernels, _ = self._shown(x)
+        goes = list(plan.blocks[:3])
+        while math.prod(goes) * plan.blocks[3] > most and max(goes) > 1:
+            goes[goes.index(max(goes))] = (max(goes) + 1) // 2
+        groups, rows, outputs = (
+            _spread(count, some, size, total)
+            for count, some, size, total in zip(
+                plan.blocks[:3],
+                goes,
+                (plan.groups, plan.rows_at_once, plan.kernels_at_once),
+                (plan.work.groups, plan.work.rows, plan.work.kernels),
+                strict=True,
+            )
+        )
+        work = replace(plan.work, groups=len(groups), rows=len(rows), kernels=len(outputs))
+        shown, kernels = shown[rows][:, groups], kernels[groups][:, outputs]
+        part = replace(plan, work=work)
+        return direct(shown, kernels, work), self._on_planes(shown, kernels, part), part.frames
 
     def _box(self) -> Tensor:
         """What kernels make of a map of ones, known beforehand to electronics: (1, groups, kernels, out1, out2)."""
@@ -266,6 +298,13 @@ class Convolver:
             assert sums is not None
             found.append(sums)
         return torch.cat(found, 1)[: plan.work.rows]
+
+
+def _spread(count: int, some: int, size: int, total: int) -> Tensor:
+    """Numbers below ``total`` in ``some`` of ``count`` blocks of a size, from the first to the last."""
+    blocks = torch.linspace(0, count - 1, some).round().long()
+    numbers = (blocks[:, None] * size + torch.arange(size)).flatten()
+    return numbers[numbers < total]
 
 
 def parts(effects: Effects | None, signed: bool) -> tuple[int, int]:

@@ -119,6 +119,20 @@ def carried_out(x: torch.Tensor, kernels: torch.Tensor, plan: Plan) -> torch.Ten
     return found
 
 
+@settings(max_examples=40, deadline=None)
+@given(workloads(), st.sampled_from([None, "kernel_split", "reference"]), st.integers(1, 12))
+def test_some_frames_of_a_plan_are_those_of_the_whole(work: Workload, sign: str | None, most: int) -> None:
+    x, kernels = tensors(work)
+    optics = Optics(rows=20, cols=24, frame_rate_hz=1.0)
+    convolver = Convolver(kernels, work, optics, None if sign is None else Effects(sign=sign), as_planned=True)
+    reference, seen, frames = convolver.carried_out(x, most)
+    assert distance(reference, seen) < 1e-3
+    plan = convolver.plan(work.rows, bool((x < 0).any()))
+    assert frames <= max(most, plan.blocks[3])
+    if plan.frames <= most:
+        assert frames == plan.frames
+
+
 @pytest.mark.parametrize("kind", ["full", "same", "valid"])
 @pytest.mark.parametrize("map_", [5, 8])
 @pytest.mark.parametrize("kernel", [1, 3, 4, 5])
