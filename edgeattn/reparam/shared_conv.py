@@ -22,8 +22,9 @@ LANES = 16
 MOST_MACS = 2.0
 """The matrix may take this many times the MACs of the convolution, its output maps rounded up to ``LANES``."""
 
-MOST_WEIGHTS = 1 << 17
-"""Weights of a matrix that holds a kernel many times over, at most: 0.5 MB in float32."""
+MOST_WEIGHTS = 1 << 14
+"""Weights of a matrix that holds a kernel many times over, at most: 64 kB in float32. Larger ones make a file grow more
+than a model gains: their layers are faster alone, with the matrix in the cache, than one behind the other."""
 
 FEWEST_TOKENS = 16
 """With fewer, reading such a matrix takes longer than multiplying by it."""

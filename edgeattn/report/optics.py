@@ -106,7 +106,7 @@ def by(pair: Sequence[int]) -> str:
 
 
 #: Headings of ``operation_row``; all but the first two are figures.
-OPERATION = ("module", "op", "maps", "kernel", "rows x kernels x channels", "tiles", "frames", "masks", "used", "error")
+OPERATION = ("module", "op", "maps", "kernel", "shown", "tiles", "frames", "masks", "used", "error")
 
 
 def operation_row(op: Operation) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def operation_row(op: Operation) -> tuple[str, ...]:
 
 #: What the columns of ``OPERATION`` mean.
 OPERATION_WORDS = (
-    "rows and kernels as they are shown, positive and negative parts on their own, 2*8 kernels being 8 in each of 2 "
+    "shown: rows x kernels x channels, positive and negative parts on their own, 2*8 kernels being 8 in each of 2 "
     "groups; tiles: inputs·kernels·zones of a tile's channels, down x right on the plane; used: share of the plane; "
     "error: relative L2 of ideal planes against a plain convolution"
 )

@@ -68,8 +68,9 @@ def timeline(spans: Sequence[Span]) -> str:
     for row, kind in enumerate(kinds):
         y, now = top + row * lane, 0.0
         taken = math.fsum(span.seconds for span in spans if span.kind == kind)
+        share = f"{taken / total:.1%}" if taken / total >= 0.001 else "below 0.1%"
         parts.append(_text(left - 8, y + 13, LANES[kind], 'text-anchor="end"'))
-        parts.append(_text(left - 8, y + 25, f"{taken / total:.1%}", 'text-anchor="end" fill="#777" font-size="10"'))
+        parts.append(_text(left - 8, y + 25, share, 'text-anchor="end" fill="#777" font-size="10"'))
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y + lane - 4}" y2="{y + lane - 4}" stroke="#eee"/>')
         for span in spans:
             if span.kind == kind and span.seconds > 0:

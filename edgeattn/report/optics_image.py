@@ -137,9 +137,12 @@ class View:
             'preserveAspectRatio="none" style="image-rendering: pixelated"/>',
             f'<rect width="{width}" height="{height}" fill="none" stroke="#999"/>',
         ]
-        for top, left, bottom, right in self.boxes:
-            x, y, w, h = (round(n * self.factor, 2) for n in (left, top, right - left, bottom - top))
-            parts.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="none" stroke="{self.stroke}"/>')
+        if self.boxes:  # an image of their own cuts off what reaches beyond the part
+            parts.append(f'<svg width="{width}" height="{height}" fill="none" stroke="{self.stroke}">')
+            for top, left, bottom, right in self.boxes:
+                x, y, w, h = (f"{n * self.factor:g}" for n in (left, top, right - left, bottom - top))
+                parts.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}"/>')
+            parts.append("</svg>")
         parts += _bar(self.scale, height + 8, width)
         inner = "\n".join([*parts, "</svg>"])
         return f"<figure>{inner}<figcaption>{escape(self.caption)}</figcaption></figure>"

@@ -159,19 +159,26 @@ def _zones(plan: Plan, size: Pair) -> list[Box]:
 # Pictures
 
 
-def _part(plan: Plan, plane: Pair, used: Pair) -> Pair:
-    """Sides of the part of a plane that is shown enlarged, from its corner on: some tiles, of the used ones."""
-    sides = zip(plan.pitch, plan.channels, used, plane, strict=True)
-    down, right = (min(max(_PART, min(s * c, _LARGE), s), max(n, 8), most) for s, c, n, most in sides)
-    return down, right
+def _close(plane: Array, used: Pair, plan: Plan, scale: Scale, boxes: Sequence[Box], words: str, stroke: str) -> View:
+    """A part of a plane, enlarged: its corner, or the surroundings of the first outline that is further away.
 
-
-def _close(plane: Array, part: Pair, scale: Scale, caption: str, boxes: Sequence[Box], stroke: str) -> View:
-    """The corner of a plane, enlarged, with outlines."""
-    inside = [box for box in boxes if box[2] <= part[0] and box[3] <= part[1]]
-    factor = min(_LARGE / max(part), 24.0)
+    Args:
+        used: pixels of the plane that hold something. words: what is outlined.
+    """
+    sides = zip(plan.pitch, used, plane.shape, strict=True)
+    down, right = (min(max(_PART, min(pitch, _LARGE)), max(n, 8), most) for pitch, n, most in sides)
+    top, left = (
+        0 if end <= size else max(0, min(end - size * 3 // 4, held - size))
+        for end, size, held in zip(boxes[0][2:], (down, right), used, strict=True)
+    )
+    factor = min(_LARGE / max(down, right), 24.0)
     factor = float(math.floor(factor)) if factor >= 1 else factor
-    return View(plane[: part[0], : part[1]], scale, caption, factor, inside[:_OUTLINES], stroke)
+    moved = [(a - top, b - left, c - top, d - left) for a, b, c, d in boxes]
+    seen = [box for box in moved if box[2] > 0 and box[3] > 0 and box[0] < down and box[1] < right]
+    place = "corner" if (top, left) == (0, 0) else f"part from row {top} and column {left} on,"
+    caption = f"{place} of {_by((down, right))} pixels, with {words}"
+    values = plane[top : top + down, left : left + right]
+    return View(values, scale, caption, factor, seen[:_OUTLINES], stroke)
 
 
 def _row(heading: str, words: str, *views: View) -> str:
@@ -194,9 +201,8 @@ def _all_of(planes: Planes) -> str:
 
 
 def _input_row(planes: Planes) -> str:
-    plan, work, (height, width) = planes.plan, planes.plan.work, planes.inputs.shape
+    plan, work = planes.plan, planes.plan.work
     down, right = (a * c * s for a, c, s in zip(plan.tiles, plan.channels, plan.pitch, strict=True))
-    near = _part(plan, (height, width), (down, right))
     rows = min(plan.rows_at_once, work.rows)
     words = f"{rows:,} of {work.rows:,} rows in a frame, as tiles of {_by(plan.pitch)} pixels"
     if plan.channels_at_once > 1:
@@ -217,7 +223,7 @@ def _input_row(planes: Planes) -> str:
         "Input plane",
         words,
         overview(planes.inputs, scale, f"{_all_of(planes)}; what is used is outlined", (down, right)),
-        _close(planes.inputs, near, scale, f"corner of {_by(near)} pixels, with its tiles", planes.tiles, stroke),
+        _close(planes.inputs, (down, right), plan, scale, planes.tiles, "its tiles", stroke),
     )
 
 
@@ -295,14 +301,13 @@ def _mask_words(planes: Planes) -> str:
 
 
 def _camera_row(planes: Planes) -> str:
-    plan, (height, width) = planes.plan, planes.seen.shape
+    plan = planes.plan
     if planes.field:
         scale, stroke = Scale(SIGNED, -1, 1, ((0, "−1"), (0.5, "0"), (1, "1"))), "#111"
         words = "The field that electronics read with its sign"
     else:
         scale, stroke = Scale(LIGHT, 0, 1, ((0, "0"), (0.5, "0.25"), (1, "1")), gamma=0.5), "#ff7f50"
         words = f"The intensity, under sign scheme {planes.effects.sign}, without the camera's noise"
-    near = _part(plan, (height, width), plan.extent)
     words += (
         f", turned back by 180 degrees. {len(planes.zones):,} zones with {_by(plan.work.out)} wanted values are "
         "outlined; what is between them nobody reads, and may be brighter than all that is wanted."
@@ -312,5 +317,5 @@ def _camera_row(planes: Planes) -> str:
         "Camera",
         words,
         overview(planes.seen, scale, f"{_all_of(planes)}, as a share of {of}", plan.extent),
-        _close(planes.seen, near, scale, f"corner of {_by(near)} pixels, with its zones", planes.zones, stroke),
+        _close(planes.seen, plan.extent, plan, scale, planes.zones, "its zones", stroke),
     )

@@ -90,7 +90,7 @@ def test_the_criterion_is_the_documented_one(kind: str, maps: int, out: int, n: 
         (lambda: SharedConv2d(1, 24, 9), (1, 64, 1, 16, 16), "3.2 times the MACs, and with 24 output maps up to 2.7"),
         (lambda: SharedConv2d(1, 16, 3, "same"), (1, 64, 1, 8, 8), "7.1 times the MACs, and with 16 output maps up to"),
         (lambda: SharedConv2d(1, 64, 13), (1, 64, 1, 16, 16), "262,144 weights instead of 10,816"),
-        (lambda: SharedConv2d(64, 1, 5), (1, 1, 64, 8, 8), "1 token of at least 16 would share a matrix of 65,536"),
+        (lambda: SharedConv2d(16, 1, 5), (1, 1, 16, 8, 8), "1 token of at least 16 would share a matrix of 16,384"),
         (lambda: SharedConv2d(1, 1, 3), (1, 20, 1, 8, 6), "other than one square size: (1, 20, 1, 8, 6)"),
     ],
 )

@@ -157,6 +157,8 @@ class Convolver:
         self._work = work
         self._plane = (optics.rows, optics.cols)
         self._effects = effects
+        #: Effects on the field itself, which has to be computed as a complex one then.
+        self._altered = effects if effects is not None and effects.of_field else None
         self._generator = generator or torch.Generator().manual_seed(effects.seed if effects else 0)
         self._masks = masks or MaskStore()
         self._as_planned = as_planned
@@ -177,7 +179,7 @@ class Convolver:
     def __call__(self, x: Tensor) -> Tensor:
         """Maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
         plan, shown, kernels, lift = self._shown(x)
-        plain = self._effects is not None and not self._effects.of_field and not self._as_planned
+        plain = self._effects is not None and self._altered is None and not self._as_planned
         y = (self._plain if plain else self._on_planes)(shown, kernels, plan)
         work = self._work
         if y.shape[2] > work.kernels:
@@ -260,23 +262,25 @@ class Convolver:
     def _mask(self, kernels: Tensor, plan: Plan, block: tuple[int, int, int], period: Pair) -> Tensor:
         def make() -> Tensor:
             plane = kernel_plane(kernels, plan, block, period)
-            if self._effects is None:
+            if self._altered is None:
                 return ideal_spectrum(plane, period)
-            return Correlator(self._effects, period, self._generator).masks(plane[None])[0]
+            return Correlator(self._altered, period, self._generator).masks(plane[None])[0]
 
         return self._masks.get((id(self), plan, block), make)
 
     def _spectrum(self, planes: Tensor, period: Pair) -> Tensor:
-        if self._effects is None:
+        if self._altered is None:
             return ideal_spectrum(planes, period)
-        return Correlator(self._effects, period, self._generator).spectrum(planes)
+        return Correlator(self._altered, period, self._generator).spectrum(planes)
 
     def _show(self, spectrum: Tensor, mask: Tensor, plan: Plan, period: Pair) -> Tensor:
         """Wanted values of some frames, see ``wanted``, as electronics have them after the camera."""
         if self._effects is None:
             return wanted(ideal_field(spectrum, mask, period), plan)
         correlator = Correlator(self._effects, period, self._generator)
-        return correlator.read(correlator.field(spectrum, mask), lambda planes: wanted(planes, plan))
+        ideal = self._altered is None
+        field = ideal_field(spectrum, mask, period) if ideal else correlator.field(spectrum, mask)
+        return correlator.read(field, lambda planes: wanted(planes, plan))
 
     def _plain(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
         """Fields as plain convolutions; the camera exposes, and the laser drifts, frame by frame all the same."""
@@ -317,12 +321,13 @@ def parts(effects: Effects | None, signed: bool) -> tuple[int, int]:
 
 def direct(x: Tensor, kernels: Tensor, work: Workload) -> Tensor:
     """The same without any optics: maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
-    n1, n2 = work.kernel
+    pads: list[int] = []  # the last dimension first; less than none is left away
+    for m, n, a, o, s in zip(work.map, work.kernel, work.start, work.out, work.stride, strict=True):
+        before = n - 1 - a
+        pads = [before, (o - 1) * s + n - before - m, *pads]
     weight = kernels.flip(-2, -1).flatten(0, 1)
-    padded = torch.nn.functional.pad(x.flatten(1, 2), (n2 - 1, n2 - 1, n1 - 1, n1 - 1))
-    full = torch.nn.functional.conv2d(padded, weight, groups=work.groups)
-    ends = [a + (o - 1) * s + 1 for a, o, s in zip(work.start, work.out, work.stride, strict=True)]
-    y = full[..., work.start[0] : ends[0] : work.stride[0], work.start[1] : ends[1] : work.stride[1]]
+    padded = torch.nn.functional.pad(x.flatten(1, 2), pads)
+    y = torch.nn.functional.conv2d(padded, weight, stride=work.stride, groups=work.groups)
     return y.reshape(len(x), work.groups, work.kernels, *work.out)
 
 

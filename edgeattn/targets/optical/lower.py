@@ -31,9 +31,10 @@ from edgeattn.targets.optical.schedule import in_parts, make_plan
 IDEAL = 1e-5
 #: The same under a scheme of signs, whose roots and differences of float32 numbers lose some digits.
 SIGNED = 1e-3
-#: Samples that every plan is carried out on, and frames of a plan at most; of longer ones some, spread over all of it.
+#: Samples that show whether inputs have a sign; on the first of them every plan is carried out.
 _SAMPLES = 2
-_FRAMES = 24
+#: Frames of a plan that are carried out at most; of longer ones some, spread over all of it.
+_FRAMES = 8
 #: Operations that move numbers, and compute none.
 _MOVES = frozenset(
     (
@@ -140,36 +141,40 @@ class _Writer:
         )
 
     def _carry_out(self, op: Operator) -> tuple[bool, float, tuple[int, ...]]:
-        """Whether inputs have negative numbers, how far off ideal planes are, the input's shape.
+        """Whether inputs have negative numbers, how far off ideal planes are, the input's shape."""
+        work, layout = op.form.work, op.form.layout
+        shape = self._known[0][op.input].shape
+        maps = [layout.maps(torch.from_numpy(values[op.input])) for values in self._known]
+        error = self._prove(op, maps[0])
+        for values, shown in zip(self._known, maps, strict=True):
+            result = layout.result(direct(shown, op.kernels, work), shape).numpy()
+            values[op.output] = np.ascontiguousarray(result if op.bias is None else result + op.bias)
+        return any(bool((shown < 0).any()) for shown in maps), error, shape
+
+    def _prove(self, op: Operator, maps: torch.Tensor) -> float:
+        """Relative L2 between ideal planes and a plain convolution.
 
         Raises:
-            CheckFailed: planes give other numbers than a plain convolution.
+            CheckFailed: it is too much, or too much under the device's sign scheme.
         """
-        kernels, work, layout = op.kernels, op.form.work, op.form.layout
-        sign = Effects(sign=self._optics.effects.sign)
-        signed, worst, shape = False, 0.0, ()
-        for values in self._known:
-            shape = values[op.input].shape
-            maps = layout.maps(torch.from_numpy(values[op.input]))
-            signed = signed or bool((maps < 0).any())
-            wanted = direct(maps, kernels, work)
-            for effects, bound in ((None, IDEAL), (sign, SIGNED)):
-                convolver = Convolver(kernels, work, self._optics, effects, as_planned=True)
-                whole = convolver.plan(len(maps)).frames <= _FRAMES
-                expected, seen = (wanted, convolver(maps)) if whole else convolver.carried_out(maps, _FRAMES)[:2]
-                numbers = compare(expected.numpy(), seen.numpy())
-                if not numbers.holds(bound):
-                    raise CheckFailed(
-                        "a plan gives other numbers than the convolution that it stands for",
-                        value=f"relative L2 {numbers.relative_l2:.3g}, {numbers.nonfinite} values not finite",
-                        where=f"module {op.module or '(model)'}",
-                        why=f"allowed are {bound:g}" + (f" under sign scheme {sign.sign}" if effects else ""),
-                        fix="this is a fault of EdgeAttn's, unless the model's own numbers are not finite; report it",
-                    )
-                worst = worst if effects else max(worst, numbers.relative_l2)
-            result = layout.result(wanted, shape).numpy()
-            values[op.output] = np.ascontiguousarray(result if op.bias is None else result + op.bias)
-        return signed, worst, shape
+        work, sign, errors = op.form.work, Effects(sign=self._optics.effects.sign), []
+        for effects, bound in ((None, IDEAL), (sign, SIGNED)):
+            convolver = Convolver(op.kernels, work, self._optics, effects, as_planned=True)
+            if convolver.plan(len(maps)).frames <= _FRAMES:
+                expected, seen = direct(maps, op.kernels, work), convolver(maps)
+            else:
+                expected, seen, _ = convolver.carried_out(maps, _FRAMES)
+            numbers = compare(expected.numpy(), seen.numpy())
+            errors.append(numbers.relative_l2)
+            if not numbers.holds(bound):
+                raise CheckFailed(
+                    "a plan gives other numbers than the convolution that it stands for",
+                    value=f"relative L2 {numbers.relative_l2:.3g}, {numbers.nonfinite} values not finite",
+                    where=f"module {op.module or '(model)'}",
+                    why=f"allowed are {bound:g}" + (f" under sign scheme {sign.sign}" if effects else ""),
+                    fix="this is a fault of EdgeAttn's, unless the model's own numbers are not finite; report it",
+                )
+        return errors[0]
 
 
 def operations(node: ir.Node) -> int:
