@@ -40,6 +40,9 @@ PICTURE = RECIPES.parent / "docs" / "convsharevit-attention.svg"
 SHOWN = 7
 """The held-out image of the picture."""
 
+SCORED = 120
+"""Held-out images, the first, whose attention is scored."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -149,10 +152,10 @@ def train_all(args: argparse.Namespace) -> None:
 class Scores:
     """What the attention of a model is like on some images; the paper's own definition of its scores is unknown to us.
 
-    All are means over images, heads, queries and blocks of A (rows sum to 1, T keys each).
+    Those of A (rows sum to 1, T keys each) are means over images, heads, queries and blocks.
 
     Attributes:
-        accuracy: share of right answers on the same images.
+        accuracy: share of right answers.
         levelled: the same if every A is replaced by 1 / T: what is left if no token looks anywhere in particular.
         entropy: of a row in nats, a number a block; ln T if every key gets the same.
         relative: the mean of ``entropy`` over ln T: 1 is no choice at all.
@@ -219,9 +222,10 @@ def score(model: Model, x: Tensor, y: Tensor, untrained: Model, dense: Sequence[
     Args:
         x: (B, 1, 32, 32), normalized. y: (B,) labels.
         untrained: the same model with fresh weights.
-        dense: the maps of the dense ViT on x.
+        dense: the maps of the dense ViT on the first SCORED of x.
     """
-    maps = model.eval().attention_maps(x)
+    some = x[:SCORED]
+    maps = model.eval().attention_maps(some)
     tokens = maps[0].shape[-1]
     far, top = distances(math.isqrt(tokens)), math.log(tokens)
     entropy = entropies(maps)
@@ -234,7 +238,7 @@ def score(model: Model, x: Tensor, y: Tensor, untrained: Model, dense: Sequence[
         levelled=accuracy(levelled(model), x, y),
         entropy=entropy,
         relative=float(np.mean(entropy)) / top,
-        untrained=float(np.mean(entropies(untrained.eval().attention_maps(x)))) / top,
+        untrained=float(np.mean(entropies(untrained.eval().attention_maps(some)))) / top,
         distance=float(np.mean([float((a * far).sum(-1).mean()) for a in maps])),
         diagonal=float(np.mean([float(a.diagonal(dim1=-2, dim2=-1).mean()) for a in maps])),
         varies=between / whole,
@@ -258,9 +262,9 @@ def trained(key: str, folder: Path) -> Model:
 
 @torch.no_grad()
 def compare(folder: Path) -> dict[str, Scores]:
-    """The scores of all four on the held-out images."""
+    """The scores of all four: accuracy on all held-out images, attention on the first of them."""
     x, y = heldout()
-    dense = trained("vit", folder).attention_maps(x)
+    dense = trained("vit", folder).attention_maps(x[:SCORED])
     found = {}
     for index, key in enumerate(KINDS):
         torch.manual_seed(index)
@@ -297,6 +301,7 @@ def table(found: Mapping[str, Scores]) -> str:
 
 _CELL = 5.0  # pixels of a patch in a heat map
 _LEVELS = 16
+_DARKEST = 2.0  # an A of 1/4 has the full shade
 
 
 def _text(x: float, y: float, text: str, more: str = "") -> str:
@@ -344,13 +349,15 @@ def picture(found: Mapping[str, Scores], folder: Path) -> str:
     parts += _chart(found, blocks)
     side = 32 * 4.5
     corner = (width - side - 40, 60.0)
-    parts.append(_text(corner[0], 50, "The image, and the patch that looks"))
+    parts.append(_text(corner[0], 50, "Image, looking patch"))
     parts.append(_cells(pixels, *corner, 4.5, (20, 20, 20)))
     row, column = divmod(query, 8)
     mark = 'fill="none" stroke="#d1006c" stroke-width="2"'
     place = (corner[0] + column * 18, corner[1] + row * 18)
     parts.append(f'<rect x="{place[0]:g}" y="{place[1]:g}" width="18" height="18" {mark}/>')
-    parts.append(_text(20, top - 34, "Where it looks: 8 x 8 patches, a map a head, shade = √A", 'font-weight="600"'))
+    parts.append(
+        _text(20, top - 34, "What it looks at: a map of 8 x 8 patches for every head; shade = √A", 'font-weight="600"')
+    )
     for block in range(blocks):
         parts.append(_text(left + block * block_width, top - 10, f"block {block + 1}"))
     for line, key in enumerate(found):
@@ -361,40 +368,43 @@ def picture(found: Mapping[str, Scores], folder: Path) -> str:
                 seen = a[0, head, query].reshape(8, 8)
                 at = left + block * block_width + head * step
                 parts.append(f"<g><title>largest {float(seen.max()):.3f}</title>")
-                parts.append(_cells(seen.sqrt(), at, y, _CELL, (8, 48, 107)))
+                parts.append(_cells(_DARKEST * seen.sqrt(), at, y, _CELL, (8, 48, 107)))
                 parts.append("</g>")
     y = height - 44
     parts.append(_text(20, y + 16, "A ="))
-    for place_, value in enumerate((1 / 64, 1 / 16, 1 / 4, 1.0)):
-        at = 50.0 + place_ * 110
-        parts.append(_cells(torch.full((1, 1), value).sqrt(), at, y, 20, (8, 48, 107)))
-        parts.append(_text(at + 26, y + 15, ("1/64 (all alike)", "1/16", "1/4", "1")[place_]))
+    for index, (value, words) in enumerate(((1 / 64, "1/64 (all alike)"), (1 / 16, "1/16"), (1 / 4, "1/4 or more"))):
+        at = 50.0 + index * 150
+        parts.append(_cells(_DARKEST * torch.full((1, 1), value).sqrt(), at, y, 20, (8, 48, 107)))
+        parts.append(_text(at + 26, y + 15, words))
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _chart(found: Mapping[str, Scores], blocks: int) -> list[str]:
     """Lines of relative entropy by block, with a legend."""
     x0, y0, w, h = 60.0, 40.0, 300.0, 160.0
-    tokens = math.log(64)
+    low, top = 0.7, math.log(64)
+
+    def height(share: float) -> float:
+        return y0 + h * (1 - (share - low) / (1 - low))
+
     parts = []
-    for tick in range(6):
-        y = y0 + h * (1 - tick / 5)
+    for share in (0.7, 0.8, 0.9, 1.0):
+        y = height(share)
         parts.append(f'<line x1="{x0}" x2="{x0 + w}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(_text(x0 - 8, y + 4, f"{tick / 5:.1f}", 'text-anchor="end" fill="#555"'))
+        parts.append(_text(x0 - 8, y + 4, f"{share:.1f}", 'text-anchor="end" fill="#555"'))
+    parts.append(_text(x0 + w + 8, y0 + 4, "all keys alike", 'fill="#555"'))
     for block in range(blocks):
         at = x0 + w * (block + 0.5) / blocks
-        parts.append(_text(at, y0 + h + 18, str(block + 1), 'text-anchor="middle" fill="#555"'))
+        parts.append(_text(at, y0 + h + 18, f"block {block + 1}", 'text-anchor="middle" fill="#555"'))
     dashes = ("", "8 3", "4 3", "1 3")
     for line, (key, scores) in enumerate(found.items()):
-        points = [
-            (x0 + w * (i + 0.5) / blocks, y0 + h * (1 - value / tokens)) for i, value in enumerate(scores.entropy)
-        ]
+        points = [(x0 + w * (i + 0.5) / blocks, height(value / top)) for i, value in enumerate(scores.entropy)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         stroke = f'stroke="{KINDS[key].colour}" stroke-width="2.5" stroke-dasharray="{dashes[line]}" fill="none"'
         parts.append(f'<polyline points="{path}" {stroke}/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{KINDS[key].colour}"/>' for x, y in points]
-        y = 70 + 24 * line
-        parts.append(f'<path d="M390 {y - 4}h30" {stroke}/>')
+        y = 84 + 24 * line
+        parts.append(f'<path d="M390 {y - 4:.0f}h30" {stroke}/>')
         parts.append(_text(428, y, KINDS[key].name))
     return parts
 

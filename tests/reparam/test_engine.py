@@ -135,7 +135,7 @@ def test_chosen_rules_and_progress() -> None:
     assert {block.rule for block in result.proof.fused} == {"multi_branch"}
     assert result.proof.after.batch_norms > 0
     assert any("multi_branch" in line for line in said)
-    assert len({rule.name for rule in RULES}) == 7
+    assert len({rule.name for rule in RULES}) == 8
 
 
 class Nested(nn.Module):
