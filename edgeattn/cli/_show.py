@@ -190,7 +190,6 @@ def optics_rows(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
             f"{found['fill']:.1%} of the planes, {found['macs_a_pixel']:.2g} multiplications of use behind a pixel",
         ),
         ("time", f"{duration(found['total_s'])} for one input, computed: {parts}"),
-        ("assumed", "; ".join(found["assumptions"])),
     ]
 
 

@@ -158,6 +158,8 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
         f"worst relative L2 {worst[2]} on {escape(worst[1])} ({worst[4]}), allowed {tolerance:g}; "
         f"against the training form in float32, {len(rows)} comparisons",
     )
+    if optics := next((entry["optics"] for entry in info.facts.get("entries", {}).values() if "optics" in entry), None):
+        facts.add_row(f"assumed{which}", escape("; ".join(optics["assumptions"])))
     if info.unproven:
         facts.add_row(f"unproven{which}", f"[yellow]{escape(info.unproven)}[/yellow]")
     if info.task:
@@ -186,8 +188,9 @@ def _artifact_rows(facts: Table, info: ArtifactInfo, tolerance: float, which: st
             )
             facts.add_row(f"kept in fp32 ({escape(name)})", escape(text))
         if optics := entry.get("optics"):
+            of = f"{which} ({escape(name)})" if len(info.entries) > 1 else which
             for label, words in optics_rows(optics, str(info.facts["device"])):
-                facts.add_row(f"{label}{which}", escape(words))
+                facts.add_row(f"{label}{of}", escape(words))
         if quantized := entry.get("quantized"):
             facts.add_row(f"quantized ({escape(name)})", escape(_quantized_words(quantized)))
         if built := entry.get("engines"):

@@ -207,6 +207,8 @@ def _input_row(planes: Planes) -> str:
     words = f"{rows:,} of {work.rows:,} rows in a frame, as tiles of {_by(plan.pitch)} pixels"
     if plan.channels_at_once > 1:
         words += f", each with {plan.channels_at_once} channels that are summed as light"
+    if plan.channels_at_once < work.channels:
+        words += f"; {plan.channels_at_once} of {work.channels} channels, electronics sum the frames"
     inputs = parts(planes.effects, planes.signed)[0]
     if planes.effects.sign == "offset" and planes.signed:
         words += "; all of it is lifted above zero."

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import edgeattn
-from edgeattn.core.errors import UsageError
 
 #: Relative L2 that is allowed on ideal planes.
 ALLOWED = 1e-4
@@ -37,6 +36,39 @@ def test_a_trained_model_keeps_its_numbers_and_its_accuracy(name: str, tmp_path:
     assert task["samples"] == 360
 
 
-def test_a_decoder_behind_a_cache_is_refused() -> None:
-    with pytest.raises(UsageError, match="no form for a decoder with a cache"):
-        edgeattn.export("plm-tiny", target="optical")
+DECODER = """
+name = "plm-small"
+[model]
+factory = "edgeattn.models.plm:plm"
+[model.args]
+vocab_size = 96
+hidden_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+kv_lora_rank = 32
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 16
+intermediate_size = 64
+[inputs.ids]
+shape = [1, 16]
+dtype = "int64"
+low = 0
+high = 95
+[decoder]
+context = 64
+prefill = [8]
+steps = 32
+greedy = 8
+"""
+
+
+def test_a_decoder_has_its_entries_on_optics_and_its_cache_in_electronics(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(DECODER)
+    bundle = edgeattn.export(str(tmp_path / "small.toml"), target="optical", output=tmp_path)
+    assert set(bundle.manifest.entries) == {"decode", "prefill_8"}
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
+    assert decoding["greedy"]["same"] == 8
+    assert bundle.verify().worst.holds(ALLOWED)
+    assert all(entry["optics"]["operations"] for entry in bundle.manifest.facts["entries"].values())

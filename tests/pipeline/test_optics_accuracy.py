@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def write_recipe(folder: Path, sign: str = "kernel_split", more: str = "", batch
     (folder / "guest.py").write_text(GUEST)
     (folder / "small.toml").write_text(RECIPE.format(batch=batch))
     (folder / "bench.toml").write_text(DEVICE.format(sign=sign, more=more))
-    scope: dict = {}
+    scope: dict[str, Any] = {}
     exec(GUEST, scope)
     model = scope["small"]().eval()
     save_file(model.state_dict(), folder / "small.safetensors")
