@@ -108,10 +108,9 @@ class Forms:
         return calls
 
     def lowered(self, batch: int, folder: Path) -> OpticalProgram:
-        """The optical program of a batch; plans are carried out for a single image alone."""
+        """The optical program of a batch."""
         x = self.image(batch)
-        samples = [{"x": x.numpy()}] if batch == 1 else []
-        plan = LowerPlan("fp32", samples, {}, device=self.where)
+        plan = LowerPlan("fp32", [{"x": x.numpy()}], {}, device=self.where)
         artifact = targets.get("optical").lower(capture(self.shared, {"x": x}, ("logits",)), plan, folder)
         return OpticalProgram.read(folder / artifact.entries["main"].file)
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from edgeattn.device import SIGNS, Effects, Optics
 from edgeattn.targets.optical.physics import Correlator, ideal_field, ideal_spectrum
-from edgeattn.targets.optical.schedule import Pair, Plan, Workload, in_parts, make_plan
+from edgeattn.targets.optical.schedule import TILINGS, Pair, Plan, Workload, in_parts, make_plan
 
 #: Pixels of all frames that go through the correlator together.
 _PIXELS = 1 << 24
-#: Side of planes that stay in a processor's cache.
-_SMALL = 256
+#: Side of planes, and pixels of frames at a time, that stay in a processor's cache.
+_SMALL, _CACHED = 128, 1 << 18
 
 
 def fast_size(size: int, most: int) -> int:
@@ -172,9 +172,11 @@ class Convolver:
         """How they are shown here: on smaller planes, where they are ideal."""
         if self._effects is not None or self._as_planned:
             return self.plan(rows, signed)
-        pitch = self._work.pitch
-        down, right = (min(side, max(_SMALL, 2 * n)) for side, n in zip(self._plane, pitch, strict=True))
-        return make_plan(replace(self._work, rows=rows), (down, right))
+        work = replace(self._work, rows=rows)
+        down, right = (min(side, max(_SMALL, 2 * n)) for side, n in zip(self._plane, work.pitch, strict=True))
+        # Where inputs fill a plane without any kernel beside them, their transform serves all kernels.
+        full = rows * work.channels >= down * right // math.prod(work.pitch)
+        return make_plan(work, (down, right), ("batch", "channel") if full else TILINGS)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps (rows, groups, channels, M1, M2) to (rows, groups, kernels, out1, out2)."""
@@ -237,6 +239,11 @@ class Convolver:
 
     def _on_planes(self, x: Tensor, kernels: Tensor, plan: Plan) -> Tensor:
         """Every frame through the correlator."""
+        if self._effects is None and not self._as_planned:
+            step = max(1, _CACHED // math.prod(plan.extent)) * plan.rows_at_once
+            if len(x) > step:
+                pieces = [self._on_planes(piece, kernels, plan) for piece in torch.split(x, step)]
+                return torch.cat(pieces)[: plan.work.rows]
         groups, _, kernel_blocks, channels = plan.blocks
         extent = plan.extent
         size = (fast_size(extent[0], plan.plane[0]), fast_size(extent[1], plan.plane[1]))

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from edgeattn.capture import Program
-from edgeattn.core.errors import CheckFailed, ConversionFailed
+from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import Array, compare
 from edgeattn.device import Device, Effects, Optics
 from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
@@ -49,7 +49,7 @@ def lower(program: Program, plan: LowerPlan, device: Device, out: Path) -> Artif
 
     Raises:
         ConversionFailed: nothing in it is for optics, something is larger than the planes, or the exporter failed.
-        CheckFailed: planes give other numbers than a plain convolution.
+        CheckFailed: planes give other numbers than a plain convolution. UsageError: there are no samples.
     """
     entries: dict[str, ArtifactEntry] = {}
     facts: dict[str, Any] = {"device": device.name, "entries": {}}
@@ -59,6 +59,8 @@ def lower(program: Program, plan: LowerPlan, device: Device, out: Path) -> Artif
         tidy(model, {**plan.metadata, "entry": name, "precision": plan.precision})
         sides = tensors(model.graph.inputs), tensors(model.graph.outputs)
         folder = "optical" if name == "main" else f"optical-{name}"
+        if not plan.samples_of(name):
+            raise UsageError("plans need a sample to be carried out on", value=name, fix="give LowerPlan some")
         made = _Writer(out / folder, device, device.optics, plan.samples_of(name)[:_SAMPLES]).write(model)
         entries[name] = ArtifactEntry(folder, *sides)
         facts["entries"][name] = _facts(made)
