@@ -203,7 +203,7 @@ def share_words(spent: Cost) -> str:
     everything = spent.optical_macs + spent.electronic_ops
     return (
         f"{spent.share:.1%} of {everything:,} operations are multiply-accumulates of optics; "
-        f"{spent.fill:.2%} of the planes' pixels have one of use behind them"
+        f"zones lie on {spent.fill:.1%} of the planes, with {spent.macs_a_pixel:.2g} of them behind a pixel of a frame"
     )
 
 
