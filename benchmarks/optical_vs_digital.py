@@ -32,7 +32,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from rich.console import Console
@@ -48,8 +47,11 @@ from edgeattn.models.build import build
 from edgeattn.reparam import reparameterize
 from edgeattn.reparam.engine import RULES
 from edgeattn.targets.base import LowerPlan
+from edgeattn.targets.onnx_graph.export import export
+from edgeattn.targets.onnx_graph.files import save
 from edgeattn.targets.optical.cost import cost, plans_of
 from edgeattn.targets.optical.lower import operations
+from edgeattn.targets.optical.partition import turns
 from edgeattn.targets.optical.program import OpticalProgram
 
 MODELS = ["convsharevit-v1", "convsharevit-v2", "convsharevit-v3"]
@@ -107,19 +109,23 @@ class Forms:
                 calls[f"{form}, {count}"] = lambda run=run: run.run(None, {"x": x.numpy()})
         return calls
 
-    def lowered(self, batch: int, folder: Path) -> OpticalProgram:
-        """The optical program of a batch."""
-        x = self.image(batch)
+    def lowered(self, folder: Path) -> OpticalProgram:
+        """The optical program of one image, whose plans are carried out."""
+        x = self.image(1)
         plan = LowerPlan("fp32", [{"x": x.numpy()}], {}, device=self.where)
         artifact = targets.get("optical").lower(capture(self.shared, {"x": x}, ("logits",)), plan, folder)
         return OpticalProgram.read(folder / artifact.entries["main"].file)
 
     def electronics(self, batch: int, threads: Sequence[int], folder: Path) -> tuple[dict[str, Call], int]:
-        """All electronic parts of a program one after the other, each way a call; and the operations in them."""
-        place = folder / f"optical-{batch}"
-        program = self.lowered(batch, place)
-        files = [place / "optical" / turn.electronics for turn in program.turns if turn.electronics]
-        count = sum(operations(node) for file in files for node in ir.load(file).graph)
+        """All electronic parts of a batch one after the other, each way a call; and the operations in them."""
+        optics = self.where.optics
+        assert optics is not None
+        model = export(capture(self.shared, {"x": self.image(batch)}, ("logits",)).entries["main"])
+        found = [turn.electronic for turn in turns(model, (optics.rows, optics.cols)) if turn.electronic is not None]
+        files = [folder / f"electronics-{batch}-{i}.onnx" for i in range(len(found))]
+        for file, part in zip(files, found, strict=True):
+            save(part, file)
+        count = sum(operations(node) for part in found for node in part.graph)
         rng, calls = np.random.default_rng(0), {}
         for threaded in threads:
             parts = []
@@ -202,9 +208,11 @@ def measure(forms: Forms, sizes: Sizes, options: argparse.Namespace) -> tuple[fl
         for n in threads:
             each = [taken[f"{form}, {n}"] for form in ("convolutions", "matrices")]
             digital[n] = min(each, key=statistics.median)
-            electronic[n] = taken[f"electronics, {n}"]
+            # What is measured lacks biases and sums of frames, which are few.
+            all_of_them = sizes.ops * batch / count
+            electronic[n] = [each * all_of_them for each in taken[f"electronics, {n}"]]
             fewest = min(fewest, statistics.median(digital[n]))
-            rate = max(rate, count / batch / statistics.median(electronic[n]))
+            rate = max(rate, sizes.ops / statistics.median(electronic[n]))
             both = [optical + extra for extra in electronic[n]]
             lines.append(
                 f"  batch {batch}, {n} thread(s): digital / optics alone {ratio(digital[n], [optical] * len(both))}; "
@@ -282,7 +290,7 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         forms = Forms(name, where)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            program = forms.lowered(1, Path(folder) / "one")
+            program = forms.lowered(Path(folder) / "one")
         done = program.operations
         sizes = Sizes([op.work for op in done], [op.signed for op in done], program.electronic_ops)
         assumed = sizes.cost(program.optics, 1).assumptions
