@@ -27,7 +27,7 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "optical-accuracy.sv
 SETTINGS: dict[str, tuple[float, ...]] = {
     "full_well_e": (1e2, 3e2, 1e3, 3e3, 1e4, 1e5, 1e6),
     "adc_bits": (4, 5, 6, 7, 8, 10, 12),
-    "laser_drift": (0.01, 0.1, 0.2, 0.3),
+    "laser_drift": (0.01, 0.1, 0.3),
     "input_amplitude_bits": (2, 3, 4, 6, 8),
     "mask_amplitude_bits": (2, 3, 4, 5, 6, 8),
     "mask_phase_bits": (2, 3, 4, 5, 6, 8),

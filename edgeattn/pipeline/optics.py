@@ -222,6 +222,7 @@ class Kind:
     Attributes:
         title, unit: in words. log: whether settings are powers. none: the setting that has no effect, if there is one.
         field: of ``Effects``. pair: whether it is given down and right. more: what goes with it.
+        alone: whether each run has frames of its own, for the runs of a frame would have a draw of chance in common.
     """
 
     title: str
@@ -231,6 +232,7 @@ class Kind:
     log: bool = False
     none: float | None = None
     pair: bool = False
+    alone: bool = False
     more: tuple[tuple[str, float], ...] = ()
 
     def effects(self, sign: str, setting: float) -> Effects:
@@ -251,16 +253,23 @@ KINDS = (
         more=(("read_noise_e", READ_NOISE_E),),
     ),
     Kind("Camera: ADC", "bits", "adc_bits", (4.0, 6.0, 8.0, 10.0, 12.0, 14.0)),
-    Kind("Laser: drift from frame to frame", "share of the power", "laser_drift", (0.01, 0.03, 0.1, 0.3), log=True),
+    Kind(
+        "Laser: drift from frame to frame",
+        "share of the power",
+        "laser_drift",
+        (0.03, 0.1, 0.3),
+        log=True,
+        alone=True,
+    ),
     Kind("Input modulator: amplitude", "bits", "input_amplitude_bits", (2.0, 3.0, 4.0, 6.0, 8.0, 10.0)),
     Kind("Mask modulator: amplitude", "bits", "mask_amplitude_bits", (2.0, 4.0, 6.0, 8.0)),
     Kind("Mask modulator: phase", "bits", "mask_phase_bits", (2.0, 4.0, 6.0, 8.0)),
-    Kind("Mask: shift, down and right", "mask pixels", "mask_shift_px", (0.0, 1.0, 2.0, 4.0, 8.0), none=0, pair=True),
+    Kind("Mask: shift, down and right", "mask pixels", "mask_shift_px", (0.0, 1.0, 2.0, 4.0), none=0, pair=True),
     Kind(
         "Camera: shift, down and right",
         "camera pixels",
         "camera_shift_px",
-        (0.0, 0.05, 0.1, 0.25, 0.5),
+        (0.0, 0.05, 0.1, 0.25),
         none=0,
         pair=True,
     ),
@@ -292,7 +301,8 @@ class Curves:
     """Accuracy under effects, one switch at a time.
 
     Attributes:
-        sign: scheme that all but the ideal ones were computed with. batch: samples that shared the planes.
+        sign: scheme that all but the ideal ones were computed with. batch: samples that shared the planes at most; none
+            did where the laser drifts.
         reference: of the PyTorch model, on all held-out samples. ideal: of the ideal correlator, whose field is read.
         scheme: of the sign scheme alone. device: of all effects of the bundle's device; None where it has none beside
             the scheme.
@@ -397,10 +407,10 @@ def curves(
     sign = "kernel_split" if optics.effects.sign == "field" else optics.effects.sign
     alone = Effects(sign=sign)
 
-    def point(effects: Effects | None, words: str, setting: float = 0.0, whole: bool = False) -> Point:
-        count = few if whole else many
+    def point(effects: Effects, words: str, setting: float = 0.0, alone: bool = False) -> Point:
+        count = few if effects.of_plane else many
         say(f"{words}: {count} samples")
-        return Point(setting, *scored(bundle, effects, count, batch))
+        return Point(setting, *scored(bundle, effects, count, 1 if alone else batch))
 
     say(f"ideal planes: {max(many, few)} samples")
     right = hits(bundle, None, max(many, few), batch)
@@ -409,7 +419,7 @@ def curves(
     scheme = {count: Point(0.0, int(right[:count].sum()), count) for count in (many, few)}
     device = None
     if optics.effects != Effects(sign=optics.effects.sign):
-        device = point(optics.effects, "all effects of the device", whole=optics.effects.of_plane)
+        device = point(optics.effects, "all effects of the device", alone=optics.effects.laser_drift is not None)
     sweeps = []
     for kind in kinds:
         whole = kind.effects(sign, kind.settings[-1]).of_plane
@@ -418,7 +428,7 @@ def curves(
             if setting == kind.none:
                 points.append(replace(scheme[count], setting=setting))
             else:
-                points.append(point(kind.effects(sign, setting), f"{kind.title}, {setting:g}", setting, whole))
+                points.append(point(kind.effects(sign, setting), f"{kind.title}, {setting:g}", setting, kind.alone))
         sweeps.append(Sweep(kind, tuple(points), ideal[count], whole))
     task = bundle.manifest.task or {}
     reference = Point(0.0, task["reference_correct"], task["samples"])

@@ -229,9 +229,9 @@ def _curve_row(name: str, setting: str, point: Any) -> tuple[str, str, str, str]
 def curve_words(found: Curves) -> str:
     """What the curves were computed on."""
     words = (
-        f"top-1 accuracy on held-out samples, {found.batch} of which share the planes at most, one effect at a time "
-        f"under sign scheme {found.sign}; PyTorch has {found.reference.correct} of {found.reference.of} right, ideal "
-        f"planes {found.ideal.correct} of {found.ideal.of}"
+        f"top-1 accuracy on held-out samples, one effect at a time under sign scheme {found.sign}; {found.batch} of "
+        f"them share the planes at most, none where the laser drifts; PyTorch has {found.reference.correct} of "
+        f"{found.reference.of} right, ideal planes {found.ideal.correct} of {found.ideal.of}"
     )
     if found.device is None:
         return f"{words}; the device file names no effects beside its scheme"

@@ -370,8 +370,8 @@ def test_trace_gives_the_modules_outputs_whole_or_in_pieces(tmp_path, monkeypatc
     for item in whole:
         assert compare(expected[item.module].detach().numpy(), item.value).holds(1e-5)
     sessions = []
-    session = execute._session
-    monkeypatch.setattr(execute, "_session", lambda *a, **k: sessions.append(1) or session(*a, **k))
+    session = execute.make_session
+    monkeypatch.setattr(execute, "make_session", lambda *a, **k: sessions.append(1) or session(*a, **k))
     for limit, count in [(1, 4), (200, 2)]:  # the tensors have 128, 128, 32 and 32 bytes
         sessions.clear()
         monkeypatch.setattr(execute, "TRACE_BYTES", limit)
