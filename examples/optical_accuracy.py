@@ -1,6 +1,6 @@
 """Measure what noise, bits and misalignment of a 4f correlator do to trained ConvShareViTs, in simulation.
 
-    python examples/optical_accuracy.py                       # v2, about 25 minutes on one CPU core
+    python examples/optical_accuracy.py                       # v2, a quarter of an hour on one CPU core
     python examples/optical_accuracy.py --models v1 v2 v3     # hours: v1 has an output for every pair of numbers
 
 Exports the recipes convsharevit-{v1,v2,v3}-digits to target optical, scores them on all 360 held-out digits under one
