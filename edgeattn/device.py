@@ -211,9 +211,11 @@ class Device(schema.Strict):
         compute_capability: what NVIDIA calls the features of the GPU, such as "8.6".
         flavour: which TensorRT runs there: "rtx" is TensorRT for RTX, whose engines are built on any x86-64 Linux,
             no GPU needed; "full" is TensorRT 10 or 11 of JetPack and of servers, whose engines are built on the device.
-        peak: the most arithmetic of the GPU, by precision (fp32, fp16, fp8, w8a8), in TFLOPS, for w8a8 in TOPS: dense,
-            with the fastest accumulation, fp32 without TF32, and without accelerators beside the GPU. A bound that no
-            model reaches, and not whether TensorRT can use the precision.
+        peak: the most arithmetic of ``peak_unit``, by precision (fp32, fp16, fp8, w8a8), in TFLOPS, for w8a8 in TOPS;
+            a multiply-accumulate is two. Dense, and of a GPU with the fastest accumulation, fp32 without TF32, and
+            without accelerators beside it. A bound that no model reaches, and not whether a target can use it.
+        peak_unit: what computes so much: all cores of the CPU, the GPU, or a neural engine.
+        peak_kind: whether that is documented, or computed from cores, clock and documented operations a clock.
         optics: of a 4f correlator, see ``Optics``.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
@@ -243,6 +245,8 @@ class Device(schema.Strict):
     compute_capability: str | None = None
     flavour: Literal["rtx", "full"] | None = Field(default=None, validate_default=True)
     peak: dict[str, float] = Field(default_factory=dict)
+    peak_unit: Literal["cpu", "gpu", "npu"] | None = Field(default=None, validate_default=True)
+    peak_kind: Literal["documented", "computed"] | None = Field(default=None, validate_default=True)
     optics: Optics | None = Field(default=None, validate_default=True)
     connect: str | None = None
     emulate: Literal["", "cortex-a53", "cortex-a72", "cortex-a76"] = ""
@@ -277,9 +281,9 @@ class Device(schema.Strict):
             raise ValueError(f"a {info.data.get('kind')} does not run it")
         return value
 
-    @field_validator("compute_capability", "flavour", "peak")
+    @field_validator("compute_capability", "flavour")
     @classmethod
-    def _of_tensorrt(cls, value: str | dict[str, float] | None, info: ValidationInfo) -> str | dict[str, float] | None:
+    def _of_tensorrt(cls, value: str | None, info: ValidationInfo) -> str | None:
         targets = info.data.get("targets", ("tensorrt",))
         if value and "tensorrt" not in targets:
             raise ValueError(f"is of target tensorrt, which is not among the targets, {', '.join(targets)}")
@@ -307,6 +311,16 @@ class Device(schema.Strict):
             raise ValueError(f"{', '.join(other)} is not a precision of peaks, which are {', '.join(PEAKS)}")
         if wrong := [name for name, peak in value.items() if not 0 < peak < math.inf]:
             raise ValueError(f"{', '.join(wrong)} must be a number above 0")
+        return value
+
+    @field_validator("peak_unit", "peak_kind")
+    @classmethod
+    def _with_peak(cls, value: str | None, info: ValidationInfo) -> str | None:
+        peak = info.data.get("peak")
+        if value is not None and not peak:
+            raise ValueError("there is no peak that it is of")
+        if value is None and peak and "tensorrt" not in info.data.get("targets", ("tensorrt",)):
+            raise ValueError("a peak needs peak_unit and peak_kind, unless it is the GPU's of target tensorrt")
         return value
 
     @field_validator("optics")

@@ -63,7 +63,7 @@ def test_a_file(tmp_path: Path) -> None:
         (PHONE + 'int8_activations = "yes"', "int8_activations: given 'yes';"),
         (GOOD + 'compute_capability = "8.6"', "is of target tensorrt, which is not among the targets, onnx"),
         (GOOD + 'flavour = "rtx"', "flavour: given 'rtx'; is of target tensorrt, which is not among the targets, onnx"),
-        (GOOD + "peak = {fp32 = 1.0}", "is of target tensorrt, which is not among the targets, onnx"),
+        (GOOD + "peak = {fp32 = 1.0}", "a peak needs peak_unit and peak_kind"),
         (GPU + 'compute_capability = "8.6"', "compute_capability and flavour go together"),
         (GPU + 'flavour = "rtx"', "flavour: given 'rtx'; compute_capability and flavour go together"),
         (GPU + 'flavour = "lite"', "flavour: given 'lite';"),
