@@ -15,6 +15,7 @@ from edgeattn.pipeline.optics import Costs, Curves, Opened, Span
 from edgeattn.report.optics_charts import curves as charts
 from edgeattn.report.optics_charts import mark, si, timeline
 from edgeattn.report.optics_planes import Planes, pictures
+from edgeattn.report.page import page as whole
 from edgeattn.targets.optical.cost import Cost, cost
 from edgeattn.targets.optical.program import Operation
 
@@ -24,37 +25,15 @@ SIMULATED = (
     "times and energies follow from the plans and from the device file, and rest on what is assumed below."
 )
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
-body {{ margin: 24px auto; max-width: 1060px; padding: 0 16px; }}
-svg {{ max-width: 100%; height: auto; }}
-h1 {{ font-size: 22px; margin: 0 0 4px; }}
-h2 {{ font-size: 18px; margin: 32px 0 4px; }}
-h3 {{ font-size: 15px; margin: 20px 0 0; }}
-p {{ margin: 4px 0 12px; }}
-ul {{ margin: 4px 0 12px; padding-left: 20px; }}
-.note {{ background: #fff3cd; border: 1px solid #e0c060; padding: 8px 12px; }}
-.dim {{ color: #666; font-size: 13px; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0 12px; font-size: 13px; }}
-th, td {{ padding: 3px 14px 3px 0; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-tr.shown td {{ background: #eaf2fa; }}
-.views {{ display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }}
-figure {{ margin: 0; max-width: 480px; }}
-figcaption {{ font-size: 12px; color: #555; max-width: 340px; line-height: 1.35; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
+#: Many narrow columns, names in the first two; views of the planes beside each other.
+_STYLE = """
+table { margin: 8px 0 12px; font-size: 13px; }
+th, td { padding-right: 14px; white-space: nowrap; }
+th:nth-child(2), td:nth-child(2) { text-align: left; }
+tr.shown td { background: #eaf2fa; }
+.views { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; }
+figure { margin: 0; max-width: 480px; }
+figcaption { font-size: 12px; color: #555; max-width: 340px; line-height: 1.35; }
 """
 
 
@@ -272,7 +251,7 @@ def page(found: Shown) -> str:
             "</details>",
         ]
     body += _operation_part(found)
-    return _PAGE.format(title=escape(title), body="\n".join(body))
+    return whole(title, body, width=1060, style=_STYLE)
 
 
 def _sentence(words: str) -> str:

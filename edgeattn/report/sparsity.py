@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgeattn.core.files import write_whole
 from edgeattn.pipeline.sparsity import Sparsity
+from edgeattn.report.page import page as whole
 
 #: Bars at most, in the model's order.
 BARS = 120
@@ -15,30 +16,6 @@ _ROW, _LEFT, _WIDTH, _TOP, _RIGHT = 24, 300, 520, 36, 80
 _ZERO, _DEAD, _REST = "#1f77b4", "#d95f02", "#e4e9ee"
 #: Of what shows the range: dark on a light rim, to be seen on all fills.
 _STROKES = ('stroke="#fff" stroke-width="4" stroke-opacity="0.7"', 'stroke="#222" stroke-width="1.5"')
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
-body {{ margin: 24px auto; max-width: 900px; padding: 0 16px; }}
-svg {{ max-width: 100%; height: auto; }}
-h1 {{ font-size: 22px; margin: 0 0 4px; }}
-p {{ margin: 4px 0 12px; }}
-.random {{ background: #fff3cd; border: 1px solid #e0c060; padding: 8px 12px; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 16px 0; }}
-th, td {{ padding: 3px 18px 3px 0; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 
 def worth(found: Sparsity) -> str:
@@ -114,7 +91,7 @@ def page(found: Sparsity) -> str:
     cut = f"; the picture has the first {BARS} of {len(found.sites)}" if len(found.sites) > BARS else ""
     body = [f"<h1>{escape(title)}</h1>", f"<p>{found.zeros:.1%} on average, on {escape(found.data)}{cut}</p>"]
     if found.random:
-        body.append('<p class="random">The weights are random: a trained model has other zeros.</p>')
+        body.append('<p class="note">The weights are random: a trained model has other zeros.</p>')
     body.append(picture(found))
     if words := worth(found):
         body.append(f"<p>{escape(words)}</p>")
@@ -132,7 +109,7 @@ def page(found: Sparsity) -> str:
     cells = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
     cells += [f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for row in rows]
     body += ["<table>", *cells, "</table>"]
-    return _PAGE.format(title=escape(title), body="\n".join(body))
+    return whole(title, body, width=900)
 
 
 def write(found: Sparsity, file: Path) -> None:
