@@ -32,7 +32,7 @@ _CACHES = {
 
 def runner_files(backends: Collection[str], *, scored: bool, decoder: bool) -> dict[str, Path]:
     """The runner of a bundle with artifacts of these backends: its files by their names in the bundle."""
-    names = ["inputs", *(name for backend in backends for name in _BACKENDS.get(backend, ()))]
+    names = ["inputs", "profile", "state", *(name for backend in backends for name in _BACKENDS.get(backend, ()))]
     names += ["score"] * scored + ["generate", "prompt", "text"] * decoder
     files = {"run.py": RUNNER, **{f"run_{name}.py": RUNNER.with_name(f"runner_{name}.py") for name in names}}
     for backend in backends if decoder else ():

@@ -23,7 +23,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from typing import Any, Callable
 
@@ -40,8 +39,9 @@ MODULES = {
     **({"coreml": {"coremltools": "coremltools"}} if sys.platform == "darwin" else {}),
 }
 #: Backends whose part of this runner is a module of its own beside it, which uses this one as ``run``.
-PARTS = {name: f"run_{name}" for name in ("coreml", "tensorrt", "inputs", "score", "prompt", "steps")}
-PARTS["llama"] = "run_gguf"
+PARTS = {
+    name: f"run_{name}" for name in ("coreml", "tensorrt", "inputs", "score", "prompt", "steps", "profile", "state")
+}
 #: ONNX Runtime's sessions and TFLite's interpreters by file: the entries of one share it, and its weights.
 _OPENED: dict[str, Any] = {}
 Data = dict[str, Any]
@@ -146,11 +146,8 @@ def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
         if name == "onnxruntime":
             import onnxruntime
 
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level, options.intra_op_num_threads = 3, threads
-            if part["precision"] in ("w8", "w4"):  # small weights are unpacked once, not at every run
-                options.add_session_config_entry("session.disable_quant_qdq", "1")
             if (path := place(spec["file"])) not in _OPENED:
+                options = session_options(part, threads)
                 _OPENED[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             session = _OPENED[path]
             return lambda feeds: dict(zip(names, session.run(names, feeds))), f"{name} {onnxruntime.__version__}"  # noqa: B905
@@ -167,6 +164,17 @@ def open_entry(part: Data, entry: str, threads: int) -> tuple[Run, str]:
         return own("steps").Steps(_OPENED[path], entry), version
     runner = _OPENED[path].get_signature_runner(entry)
     return lambda feeds: dict(sorted(runner(**feeds).items(), key=lambda made: names.index(made[0]))), version
+
+
+def session_options(part: Data, threads: int) -> Any:
+    """How ONNX Runtime runs an artifact."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    if part["precision"] in ("w8", "w4"):  # small weights are unpacked once, not at every run
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def fitted(part: Data, entry: str, feeds: Data) -> Data:
@@ -306,7 +314,10 @@ def check_first_use(manifest: Data, part: Data, threads: int) -> None:
     """Compare the golden outputs if this machine and runtime were not found to hold before."""
     if not runtime_name(part):
         raise lacking([part])
-    name, system = runtime_name(part), [sys.version, platform.mac_ver()[0], platform.machine(), cpu_model()]
+    name, system = (
+        runtime_name(part),
+        [sys.version, platform.mac_ver()[0], platform.machine(), own("state").cpu_model()],
+    )
     version = own(part["backend"]).identity(part) if part["backend"] in PARTS else metadata.version(name)
     about = [manifest["digest"], part["backend"], name, version, *system]
     mark = os.path.join(CACHE, "proven", hashlib.sha256(json.dumps(about).encode()).hexdigest())
@@ -333,114 +344,6 @@ def _read(path: str) -> str:
         return ""
 
 
-def cpu_model() -> str:
-    """As the system names it."""
-    if sys.platform == "darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"]).decode().strip()
-    model = _read("/proc/device-tree/model").strip("\0")
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.lower().startswith("model name"):
-            return line.partition(":")[2].strip() + (f" ({model})" if model else "")
-    return model or platform.processor() or platform.machine()
-
-
-#: Bits of the Raspberry Pi firmware's get_throttled; 16 higher for what has happened since the start.
-THROTTLED = {0: "under-voltage", 1: "ARM frequency capped", 2: "throttled", 3: "soft temperature limit"}
-
-
-def machine_state() -> Data:
-    """Temperature, clock and throttling, where the system has them."""
-    zones = [_read(f"/sys/class/thermal/thermal_zone{i}/temp") for i in range(16)]
-    degrees = [int(zone) / 1000 for zone in zones if zone.lstrip("-").isdigit()]
-    clock = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    throttled = None
-    try:
-        done = subprocess.run(["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, timeout=5, check=False)
-        bits = int(done.stdout.decode().partition("=")[2], 16)
-        throttled = [text for bit, text in THROTTLED.items() if bits >> bit & 1]
-        throttled += [f"{text} has occurred" for bit, text in THROTTLED.items() if bits >> (bit + 16) & 1]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        pass
-    return {
-        "temperature_c": max(degrees) if degrees else None,
-        "clock_mhz": int(clock) / 1000 if clock.isdigit() else None,
-        "throttled": throttled,
-    }
-
-
-def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: int) -> Data:
-    """Time the entry on its first golden input, which must come out right."""
-    if part["backend"] in PARTS:
-        return own(part["backend"]).profile(manifest, part, options)  # type: ignore[no-any-return]
-    check_first_use(manifest, part, threads)
-    before, entry = machine_state(), options.entry
-    # Of a decoder's samples the last one has the most in its cache.
-    feeds = fitted(part, entry, golden_data(golden_samples(manifest, entry)[-1 if "decoder" in manifest else 0][0])[0])
-    start = time.perf_counter()
-    run, runtime = open_entry(part, entry, threads)
-    load_ms = (time.perf_counter() - start) * 1e3
-    return {
-        "backend": part["backend"],
-        "runtime": runtime,
-        "threads": threads,
-        "unit": "ms",
-        "timed": f"one run of {entry}, from inputs in host memory to outputs in host memory",
-        "load_ms": load_ms,
-        **timings(run, feeds, options.runs, options.warmup),
-        "before": before,
-        "after": machine_state(),
-        "holds": True,
-    }
-
-
-def timings(run: Run, feeds: Data, runs: int | None, warmup: int | None, least: int = 5) -> Data:
-    """Latencies in ms: the first, and others after a warm-up; and the memory that this process came to take."""
-
-    def timed() -> float:
-        begun = time.perf_counter()
-        run(feeds)
-        return (time.perf_counter() - begun) * 1e3
-
-    first_ms = timed()
-    warm: list[float] = []
-    begun = time.perf_counter()
-    while len(warm) < warmup if warmup is not None else not _stable(warm, time.perf_counter() - begun):
-        warm.append(timed())
-    times: list[float] = []
-    begun = time.perf_counter()
-    while not _enough(len(times), time.perf_counter() - begun, runs, least):
-        times.append(timed())
-    return {
-        "first_ms": first_ms,
-        "warmup": len(warm),
-        **spread(times),
-        "latencies": times,
-        "peak_rss_mb": peak_rss_mb(),
-    }
-
-
-def spread(times: list[float]) -> Data:
-    """How many they are, and how they are spread."""
-    import numpy as np
-
-    about = {"runs": len(times), "mean": float(np.mean(times)), "std": float(np.std(times)), "min": min(times)}
-    return {**about, **{f"p{percent}": float(np.percentile(times, percent)) for percent in (50, 90, 95, 99)}}
-
-
-def _enough(count: int, seconds: float, runs: int | None, least: int) -> bool:
-    """As many as were asked for; else at least 30 and for 2 s, but 1000 at most, and 30 s once there are ``least``."""
-    if runs is not None:
-        return count >= runs
-    return count >= 1000 or (count >= max(30, least) and seconds >= 2) or (count >= least and seconds >= 30)
-
-
-def _stable(times: list[float], seconds: float) -> bool:
-    """The median of the last five runs is within 3 % of that of the five before; or it takes too long to wait."""
-    last, earlier = sorted(times[-5:]), sorted(times[-10:-5])
-    steady = len(times) >= 10 and abs(last[2] - earlier[2]) <= 0.03 * earlier[2]
-    return steady or seconds > 10 or len(times) >= 200
-
-
 def peak_rss_mb() -> float | None:
     """Peak of resident memory in MB (1e6 bytes)."""
     for line in _read("/proc/self/status").splitlines():
@@ -458,7 +361,7 @@ def show(result: Data) -> str:
     """The result for a person."""
     if "text" in result:
         return str(result["text"])
-    lines = []
+    lines, words = [], own("state").words
     if "outputs" in result:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines += [f"{n} -> {i['file']} {tuple(i['shape'])} {i['dtype']}" for n, i in result["outputs"].items()]
@@ -468,7 +371,7 @@ def show(result: Data) -> str:
         lines.append(f"{result['bundle']}: {result['backend']} under {result['runtime']}, threads {result['threads']}")
         lines.append("  ".join(f"{k} {result[k]:.3f}" for k in ("p50", "p90", "p95", "p99", "mean", "std")) + " ms")
         lines.append(f"{result['runs']} runs after {result['warmup']}; {result['timed']}")
-        lines += [f"{when}: {_state(result[when])}" for when in ("before", "after") if _state(result[when])]
+        lines += [f"{when}: {words(result[when])}" for when in ("before", "after") if words(result[when])]
     else:
         word = "holds" if result["holds"] else "DOES NOT HOLD"
         about = f"Python {result['python']}, threads {result['threads']}"
@@ -483,18 +386,9 @@ def show(result: Data) -> str:
                 f"{part['backend']}: worst relative L2 {worst} over {part['golden']} golden samples, "
                 f"tolerance {result['tolerance']:g}, under {part['runtime']}{known}"
             )
-        state = _state(result["state"])
+        state = words(result["state"])
         lines.append(f"{result['machine']}, {result['cpu']}{', ' + state if state else ''}")
     return "\n".join(lines)
-
-
-def _state(state: Data) -> str:
-    words = [
-        "" if state["temperature_c"] is None else f"{state['temperature_c']:.1f} °C",
-        "" if state["clock_mhz"] is None else f"{state['clock_mhz']:.0f} MHz",
-        "" if state["throttled"] is None else f"throttling: {', '.join(state['throttled']) or 'none'}",
-    ]
-    return ", ".join(word for word in words if word)
 
 
 def parse() -> argparse.Namespace:
@@ -511,12 +405,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: 1; with --profile and --prompt up to 4)")
     parser.add_argument("--runs", type=int, help="with --profile: timed runs (default: 30 or more, 2 to 30 s)")
     parser.add_argument("--warmup", type=int, help="with --profile: runs before (default: until stable)")
+    parser.add_argument("--batch", type=int, help="with --profile: size of the first axis, where it may vary")
+    parser.add_argument("--ops", nargs="?", const="", metavar="FILE", help="with --profile: each operation's time too")
+    parser.add_argument("--paced", action="store_true", help=argparse.SUPPRESS)  # see run_profile.py
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(prompt=None, ids=None)
     if os.path.exists(os.path.join(HERE, "run_prompt.py")):
         own("prompt").add_options(parser, what)
     options = parser.parse_args()
-    for name in ("threads", "runs", "warmup"):
+    for name in ("threads", "runs", "warmup", "batch"):
         if (given := getattr(options, name)) is not None and given < (0 if name == "warmup" else 1):
             parser.error(f"--{name} {given} is too small")
     return options
@@ -555,10 +452,14 @@ def work(options: argparse.Namespace, answers: Any) -> Data:
     elif options.score:
         result = own("score").score(manifest, part, threads)
     elif options.profile:
-        result = profile(manifest, part, options, threads)
+        result = own("profile").profile(manifest, part, options, threads, answers)
     else:
-        result = {**verify(manifest, options.backend, threads), "threads": threads, "state": machine_state()}
-    return {**about, "cpu": cpu_model(), **result}
+        result = {
+            **verify(manifest, options.backend, threads),
+            "threads": threads,
+            "state": own("state").machine_state(),
+        }
+    return {**about, **own("state").about(), **result}
 
 
 def main() -> int:

@@ -199,9 +199,7 @@ def compile_entry(part: Data, entry: str, compiled: str) -> Data:
     return {"compile_ms": (time.perf_counter() - begun) * 1e3, "holds": True}
 
 
-def measure(
-    manifest: Data, part: Data, unit: str, entry: str, compiled: str, runs: int | None, warmup: int | None
-) -> Data:
+def measure(manifest: Data, part: Data, unit: str, entry: str, compiled: str, **counts: int | None) -> Data:
     """Load twice, compare the golden outputs, and where they hold time predictions on the first golden input."""
     import coremltools as ct
 
@@ -232,11 +230,12 @@ def measure(
         worst, allowed = golden["worst_relative_l2"], manifest["tolerance"]
         far = "not finite" if worst is None else f"{worst:.3g}"
         return {**result, "why": f"wrong numbers: relative L2 {far} on {golden['worst_at']}, allowed {allowed:g}"}
-    feeds = run.golden_data(run.golden_samples(manifest, entry)[0][0])[0]
-    given = prepared(part, entry, run.fitted(part, entry, feeds))
+    timing = run.own("profile")
+    feeds = timing.feeds_of(manifest, part, argparse.Namespace(entry=entry, batch=counts["batch"]))
+    given = prepared(part, entry, feeds)
     if isinstance(predict, Steps):  # a cache that is in its place already, as from the second step on
         given = {name: value for name, value in given.items() if name not in {s.name for s in description.state}}
-    return {**result, **run.timings(predict, given, runs, warmup, RUNS), "first_ms": first[0]}
+    return {**result, **timing.timings(predict, given, counts["runs"], counts["warmup"], RUNS), "first_ms": first[0]}
 
 
 def operations(block: Any) -> Iterator[Any]:
@@ -252,7 +251,8 @@ def plan(unit: str, compiled: str, function: str = "main") -> Data:
     """On which device Core ML means to run each operation, and what is not on the one that the unit asks for.
 
     Returns ``ops`` (their number by device; ``unplaced`` where the plan names none), ``fallback`` (their number by
-    kind), and their share of the placed ones and of these ones' estimated cost, in percent.
+    kind), their share of the placed ones and of these ones' estimated cost, in percent, and ``each`` of the placed ones
+    with its kind, device and estimated share of the cost.
     """
     import coremltools as ct
     from coremltools.models.compute_device import MLCPUComputeDevice, MLGPUComputeDevice, MLNeuralEngineComputeDevice
@@ -263,6 +263,7 @@ def plan(unit: str, compiled: str, function: str = "main") -> Data:
     ops: Counter[str] = Counter()
     fallback: Counter[str] = Counter()
     cost = dict.fromkeys(devices, 0.0)
+    each: list[list[Any]] = []
     for operation in operations(found.model_structure.program.functions[function].block):
         usage = found.get_compute_device_usage_for_mlprogram_operation(operation)
         preferred = usage.preferred_compute_device if usage is not None else None
@@ -271,8 +272,11 @@ def plan(unit: str, compiled: str, function: str = "main") -> Data:
         if device == "unplaced":
             continue
         fallback[operation.operator_name] += device != UNITS[unit]
-        weight = found.get_estimated_cost_for_mlprogram_operation(operation)
-        cost[device] += weight.weight if weight is not None else 0.0
+        estimated = found.get_estimated_cost_for_mlprogram_operation(operation)
+        weight = estimated.weight if estimated is not None else 0.0
+        cost[device] += weight
+        name = next((output.name for output in operation.outputs), "")  # a write into a state gives nothing
+        each.append([name, operation.operator_name, device, weight])
     placed = sum(ops.values()) - ops["unplaced"]
     if not placed:
         raise run.Problem(1, f"the plan names no device for any of the {ops['unplaced']} operations")
@@ -283,6 +287,7 @@ def plan(unit: str, compiled: str, function: str = "main") -> Data:
         "fallback_ops_percent": 100 * sum(fallback.values()) / placed,
         "fallback_cost_percent": 100 * (spent - cost[UNITS[unit]]) / spent if spent else None,
         "plan_why": None if spent else "the plan has no costs",
+        "each": each,
         "holds": True,
     }
 
@@ -295,7 +300,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
         raise run.Problem(2, "Core ML chooses its threads itself", "leave --threads away")
     sample = run.golden_samples(manifest, options.entry)[0][0]
     prepared(part, options.entry, run.golden_data(sample)[0])  # whether Pillow is here where it must be
-    before = run.machine_state()
+    state = run.own("state").machine_state
+    before = state()
     os.makedirs(run.CACHE, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="coreml-", dir=run.CACHE) as folder:
         compiled = os.path.join(folder, f"{options.entry}.mlmodelc")
@@ -310,12 +316,12 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
         "runtime": runtime(),
         "system": f"macOS {platform.mac_ver()[0]}",
         "unit": "ms",
-        "timed": "one predict, from inputs in host memory to outputs in host memory",
+        "timed": "one predict, from inputs in host memory to outputs in host memory; loading and warm-up apart",
         "compile_ms": made["compile_ms"],
         "tolerance": manifest["tolerance"],
         "compute_units": units,
         "before": before,
-        "after": run.machine_state(),
+        "after": state(),
         "holds": True,
     }
 
@@ -325,11 +331,11 @@ def profile_unit(unit: str, options: argparse.Namespace, compiled: str, function
     found: Data = {"compute_unit": unit}
     job = {"unit": unit, "compiled": compiled}
     try:
-        counts = {"runs": options.runs, "warmup": options.warmup}
+        counts = {"runs": options.runs, "warmup": options.warmup, "batch": options.batch}
         found.update(apart("measuring", do="measure", entry=options.entry, **job, **counts))
     except run.Problem as problem:
         found.update(holds=False, why=str(problem))
-    names = ("ops", "fallback", "fallback_ops_percent", "fallback_cost_percent", "plan_why")
+    names = ("ops", "fallback", "fallback_ops_percent", "fallback_cost_percent", "plan_why", "each")
     found.update(dict.fromkeys(names))
     try:
         planned = apart("reading the plan", do="plan", function=function, **job)

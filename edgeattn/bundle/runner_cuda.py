@@ -97,6 +97,12 @@ class Driver:
         self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
         return pointer
 
+    def free_memory(self) -> int:
+        """Bytes of device memory that nothing has taken, on the whole GPU."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array in the host's page-locked memory, from which transfers are fastest; freed with the process."""
         import numpy as np

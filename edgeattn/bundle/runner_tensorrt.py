@@ -371,14 +371,26 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
         far = f"{golden['worst_relative_l2']} on {golden['worst_at']}, allowed {manifest['tolerance']:g}"
         raise run.Problem(1, f"refused: the golden outputs come out wrong: relative L2 {far}", run.advice(part))
     cuda, entry = cuda_driver.driver(), options.entry
-    before = run.machine_state()
-    feeds = run.fitted(part, entry, run.golden_data(run.golden_samples(manifest, entry)[0][0])[0])
+    timing, state = run.own("profile"), run.own("state").machine_state
+    before, free = state(gpu=True), cuda.free_memory()
+    feeds = timing.feeds_of(manifest, part, options)
     begun = time.perf_counter()
     opened = opened_of(part, entry, cuda)
     cuda = opened.cuda
     opened.fill(feeds)
-    load_ms = (time.perf_counter() - begun) * 1e3
-    whole = run.timings(opened, opened.own(feeds), options.runs, options.warmup)
+    about = {
+        "backend": part["backend"],
+        "runtime": opened.about["tensorrt"],
+        "threads": 1,
+        "batch": options.batch or 1,
+        "unit": "ms",
+        "timed": timing.timed_words(entry),
+        "load_ms": (time.perf_counter() - begun) * 1e3,
+        "before": before,
+        **opened.about,
+    }
+    whole = timing.timings(opened, opened.own(feeds), options.runs, options.warmup, about=about)
+    device_mb = (free - cuda.free_memory()) / 1e6
     begin, end, runs = cuda.event(), cuda.event(), options.runs or LAUNCHES
     steps = opened.steps()
     problem = ""
@@ -391,20 +403,14 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
         for name, work in steps.items():
             times[name].append(cuda.timed(work, begin, end))
     return {
-        "backend": part["backend"],
-        "runtime": opened.about["tensorrt"],
-        "threads": 1,
-        "unit": "ms",
-        "timed": "one run, from inputs in host memory to outputs in host memory",
-        "load_ms": load_ms,
+        **about,
         **whole,
-        **opened.about,
-        "events": {name: run.spread(each) for name, each in times.items()},
+        "device_mb": device_mb,
+        "events": {name: timing.spread(each) for name, each in times.items()},
         "cuda_graph": problem or "captured",
         "layers": _modules(part, entry, _layers(opened, min(runs, 50))),
         "golden": golden,
-        "before": before,
-        "after": run.machine_state(),
+        "after": state(gpu=True),
         "holds": True,
     }
 

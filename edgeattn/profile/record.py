@@ -17,6 +17,8 @@ from edgeattn.core.hashing import sha256_data
 
 #: Of ``Record``; a reader takes this one alone.
 SCHEMA_VERSION = 1
+#: Times of a block that are kept at most: enough for its median and for a picture.
+KEPT = 40
 
 
 class _Part(BaseModel):
@@ -30,7 +32,7 @@ class Subject(_Part):
         bundle: its name. digest: of its manifest. model: the recipe's name, or the guest's.
         target, backend: what was asked for, and the artifact's own kind.
         weights: "checkpoint" or "random". size_mb: of the artifact's files (1e6 bytes).
-        macs, parameters: of the entry's operations, None where they are not known.
+        macs, parameters: of the entry's operations, and of the deploy form; None where they are not known.
     """
 
     bundle: str
@@ -74,13 +76,16 @@ class Settings(_Part):
     Attributes:
         unit: what computes: "cpu", "gpu", or a compute unit of Core ML. threads: 0 where the runtime chooses.
         batch: size of the first axis of the inputs. timed: what the timed region includes, in words.
-        interleaved: names of the bundles whose blocks alternated with this one's.
+        session: of records that were measured together: the blocks of process i of one took turns with those of process
+            i of the others, so that their ratio is fair; "" where nothing took turns with it.
+        interleaved: labels of those others.
     """
 
     unit: str = "cpu"
     threads: int = 0
     batch: int = 1
     timed: str = ""
+    session: str = ""
     interleaved: tuple[str, ...] = ()
 
 
@@ -251,7 +256,7 @@ class Record(_Part):
         partial: why the measurement ended early; "" where it did not.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     kind: Literal["measured", "estimated"]
     id: str = ""
     created: str

@@ -24,7 +24,7 @@ def check(path) -> None:
 def test_a_bundle_verifies(tiny):
     bundle = Bundle.open(str(tiny.path))
     verified = bundle.verify()
-    assert verified.files == 6
+    assert verified.files == 8
     assert sorted(bundle.manifest.files) == [
         "README.md", "golden/main-000.npz", "golden/main-001.npz", "model.onnx", "run.py", "run_inputs.py",
     ]  # fmt: skip

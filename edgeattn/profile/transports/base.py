@@ -6,11 +6,15 @@ import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeattn.core.errors import CheckFailed, EdgeAttnError, ToolchainMissing, UsageError
+
+if TYPE_CHECKING:
+    from edgeattn.profile.transports.live import Start
 
 #: Shows a line of progress.
 Say = Callable[[str], None]
@@ -63,6 +67,16 @@ class Transport(ABC):
     def run_all(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say = silent) -> list[dict[str, Any]]:
         """``run`` for each list of arguments, in order; a transport that copies the bundle does so once for all."""
         return [self.run(bundle, arguments, say) for arguments in runs]
+
+    @abstractmethod
+    def hold(self, bundles: Sequence[Path], say: Say = silent) -> AbstractContextManager[Start]:
+        """Have these bundles on the device, each once; inside, runners of them can be started side by side.
+
+        What still runs at the end is ended, and nothing stays there.
+
+        Raises:
+            As ``run``.
+        """
 
     @abstractmethod
     def check(self) -> list[Found]:

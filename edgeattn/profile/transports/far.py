@@ -88,13 +88,18 @@ def stage(root: str, own: bool, digest: str, token: str, stale_s: float, grace_s
     say(gone=True)
 
 
-def run(folder: str, words: "list[str]") -> None:
-    """Run ``folder/run.py`` with ``words``; prints how it ended and what it wrote."""
+def run(folder: str, words: "list[str]", live: bool = False) -> None:
+    """Run ``folder/run.py`` with ``words``; prints how it ended and what it wrote.
+
+    Args:
+        live: what comes over the link is for the runner, but a line "end", which ends its input; every line that it
+            writes is passed on at once.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     engines = os.path.join(cache, "edgeattn", "engines")
     child = subprocess.Popen(
         [sys.executable, os.path.join(folder, "run.py"), *words],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if live else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # What runtimes write into a user's cache goes with the folder; TensorRT's engines take minutes, and stay.
@@ -106,10 +111,25 @@ def run(folder: str, words: "list[str]") -> None:
         },
         start_new_session=True,
     )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    stderr = child.stderr
 
     def watch() -> None:
-        while os.read(0, 4096):
-            pass
+        held = b""
+        while piece := os.read(0, 4096):
+            held += piece if live else b""
+            *lines, held = held.split(b"\n")
+            for line in lines:
+                assert child.stdin is not None
+                try:
+                    if line == b"end":
+                        child.stdin.close()
+                    else:
+                        child.stdin.write(line + b"\n")
+                        child.stdin.flush()
+                except (OSError, ValueError):
+                    pass  # it has ended; its last words say why
         try:
             os.killpg(child.pid, 9)
         except OSError:
@@ -117,9 +137,20 @@ def run(folder: str, words: "list[str]") -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    out, errors = child.communicate()
+    if live:
+        errors: list[bytes] = []
+        drain = threading.Thread(target=lambda: errors.append(stderr.read()), daemon=True)
+        drain.start()
+        for line in child.stdout:
+            say(line=line.decode(errors="replace"))
+        child.wait()
+        drain.join()
+        ended = (b"", b"".join(errors))
+    else:
+        ended = child.communicate()
+    out, told = (text.decode(errors="replace") for text in ended)
     died = signal.Signals(-child.returncode).name if child.returncode < 0 else ""
-    say(code=child.returncode, died=died, out=out.decode(errors="replace"), errors=errors.decode(errors="replace"))
+    say(code=child.returncode, died=died, out=out, errors=told)
     os._exit(0)
 
 

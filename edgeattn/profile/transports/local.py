@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edgeattn.profile.transports.base import (
     runner_of,
     silent,
 )
+from edgeattn.profile.transports.live import Live, LocalProcess, Start
 
 #: A run that takes longer than this has gone wrong.
 TIMEOUT_S = 1800.0
@@ -41,6 +43,21 @@ class Local(Transport):
         except subprocess.TimeoutExpired as error:
             raise CheckFailed("the runner does not end", value=f"{TIMEOUT_S:.0f} s", where=self.url) from error
         return result_of(parse_answer(done.stdout, done.returncode, done.stderr, self.url), self.url)
+
+    @contextlib.contextmanager
+    def hold(self, bundles: Sequence[Path], say: Say = silent) -> Iterator[Start]:
+        """See ``Transport.hold``; nothing is copied."""
+        started: list[Live] = []
+
+        def start(bundle: Path, arguments: Sequence[str], file: Path | None = None) -> Live:
+            started.append(LocalProcess(bundle, arguments, file))
+            return started[-1]
+
+        try:
+            yield start
+        finally:
+            for live in started:
+                live.kill()
 
     def check(self) -> list[Found]:
         """See ``Transport.check``."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from edgeattn.profile.transports.base import (
     runner_of,
     silent,
 )
+from edgeattn.profile.transports.live import Start
 
 #: Emulation takes some fifty times as long as a device; a run that takes longer than this has gone wrong.
 TIMEOUT_S = 3600.0
@@ -83,12 +85,7 @@ class Qemu(Transport):
     def run(self, bundle: Path, arguments: Sequence[str], say: Say = silent) -> dict[str, Any]:
         """See ``Transport.run``; the answer says ``emulated``. Takes no ``--profile``: UsageError."""
         if "--profile" in arguments:
-            raise UsageError(
-                "an emulated CPU has no latency",
-                value=self.url,
-                why="emulation verifies numbers; its times say nothing of the device's",
-                fix="profile on the device: edgeattn device add NAME ssh://user@host",
-            )
+            raise self._no_latency()
         runner_of(bundle)
         self._emulator()
         say(f"emulating {self.cpu}")
@@ -98,6 +95,18 @@ class Qemu(Transport):
         # Emulated time is not the device's, nor is the host's temperature.
         answer = result_of(parse_answer(output, code, errors, self.url), self.url)
         return {**answer, "emulated": True, "cpu": f"{self.cpu}, emulated"}
+
+    def _no_latency(self) -> UsageError:
+        return UsageError(
+            "an emulated CPU has no latency",
+            value=self.url,
+            why="emulation verifies numbers; its times say nothing of the device's",
+            fix="profile on the device: edgeattn device add NAME ssh://user@host; or --estimate",
+        )
+
+    def hold(self, bundles: Sequence[Path], say: Say = silent) -> AbstractContextManager[Start]:
+        """See ``Transport.hold``: UsageError, for it is there to measure."""
+        raise self._no_latency()
 
     def check(self) -> list[Found]:
         """See ``Transport.check``."""

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shlex
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,8 @@ from edgeattn.profile.transports.base import (
 
 if TYPE_CHECKING:
     import asyncssh
+
+    from edgeattn.profile.transports.live import Start
 
 #: How often a link that was cut is made anew within one command, and the pause before, which doubles.
 RETRIES, PAUSE_S = 3, 0.5
@@ -126,11 +128,27 @@ class Ssh(Transport):
         runner_of(bundle)
         return self._wait(self._run(bundle, runs, say))
 
+    @contextlib.contextmanager
+    def hold(self, bundles: Sequence[Path], say: Say = silent) -> Iterator[Start]:
+        """See ``Transport.hold``: one link for all of them."""
+        from edgeattn.profile.transports.ssh_live import held
+
+        for bundle in bundles:
+            runner_of(bundle)
+        with held(self, bundles, say) as start:
+            yield start
+
     def _answer(self, ended: dict[str, Any]) -> dict[str, Any]:
         """What the runner said there."""
-        try:
+        with self._advising():
             answer = parse_answer(ended["out"], ended["code"], ended["errors"], self.url, ended["died"])
             return result_of(answer, self.url)
+
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Where a runtime is missing there, say how it is installed there."""
+        try:
+            yield
         except ToolchainMissing as error:
             # Debian's own Python refuses pip; an environment of one's own takes both.
             lacking = (error.fix or "").partition("pip install ")[2]
@@ -259,22 +277,30 @@ class Ssh(Transport):
         )
 
     async def _once(self, bundle: Path, runs: Sequence[Sequence[str]], say: Say) -> list[dict[str, Any]]:
+        async with self._connected() as connection, self._staged(connection, bundle, say) as staging:
+            answers = []
+            for number, arguments in enumerate(runs, 1):
+                say(f"running there{f', {number} of {len(runs)}' if len(runs) > 1 else ''}")
+                answers.append(self._answer(await self._launch(connection, staging, arguments)))
+            return answers
+
+    @contextlib.asynccontextmanager
+    async def _staged(
+        self, connection: asyncssh.SSHClientConnection, bundle: Path, say: Say
+    ) -> AsyncIterator[_Staging]:
+        """The bundle there, as long as this lasts."""
         import asyncssh
 
-        async with self._connected() as connection:
-            staging: _Staging | None = None
-            sftp: asyncssh.SFTPClient | None = None
+        staging: _Staging | None = None
+        sftp: asyncssh.SFTPClient | None = None
+        try:
             try:
                 await self._ask(connection, "import sys; assert sys.version_info >= (3, 9), sys.version")
                 staging = await self._stage(connection, bundle)
                 sftp = await connection.start_sftp_client()
                 await self._copy(connection, sftp, bundle, staging, say)
                 staging.guard.stdin.write("running\n")
-                answers = []
-                for number, arguments in enumerate(runs, 1):
-                    say(f"running there{f', {number} of {len(runs)}' if len(runs) > 1 else ''}")
-                    answers.append(self._answer(await self._launch(connection, staging, arguments)))
-                return answers
+                yield staging
             except (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
                 raise _Cut("while files travelled") from error
             except (asyncssh.DisconnectError, asyncssh.ChannelOpenError, ConnectionError) as error:
@@ -285,9 +311,9 @@ class Ssh(Transport):
                 raise self._unstored(
                     await self._why(sftp, staging, error), staging.folder if staging else self._folder
                 ) from error
-            finally:
-                if staging is not None:
-                    await staging.leave()
+        finally:
+            if staging is not None:
+                await staging.leave()
 
     def _unstored(self, why: str, place: str) -> UsageError:
         return UsageError(
