@@ -194,6 +194,41 @@ class Step:
     fused: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class OpCost:
+    """One operation of an artifact's graph, and what it computes and moves; constants and padding are not counted.
+
+    Attributes:
+        name: as the artifact's own runtime calls it, so that its profiles can be joined by it.
+        module: path of the torch module that it came from, "" if unknown. op: its kind, as in ``TraceValue``.
+        macs: multiply-accumulates of convolutions and matrix products, both of an attention; 0 of all else.
+        bytes_in, bytes_weights, bytes_out: of data, constants and results, as wide as the artifact stores them. None of
+            views (a reshape); of lookups and slices what is taken.
+        dtype: what it computes with: "fp32", "fp16", "w8a8" where products are of 8-bit integers, "fp8"; "int" of
+            integers that stand for no floats.
+        channels: numbers of each place that a result is summed over: of a convolution the input channels of its group,
+            so that 1 is a depthwise one, of a matrix product its inner length. 0 where nothing is multiplied.
+        inputs, outputs: names of the tensors that it reads, constants aside, and gives.
+    """
+
+    name: str
+    module: str
+    op: str
+    macs: int
+    bytes_in: int
+    bytes_weights: int
+    bytes_out: int
+    dtype: str
+    channels: int = 0
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """All that it moves."""
+        return self.bytes_in + self.bytes_weights + self.bytes_out
+
+
 class Runtime(Protocol):
     """An opened artifact."""
 
@@ -445,6 +480,16 @@ class Target(ABC):
     def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
         """Further runtimes that this machine has for the artifact, by name; ``verify`` asks them as well."""
         return {}
+
+    def operations(self, artifact: Artifact, entry: str) -> list[OpCost]:
+        """The operations of an entry's graph in execution order, constants aside; none where there is no such graph.
+
+        Dimensions that vary are as large as the entry's inputs have them. No toolchain computes anything for it.
+
+        Raises:
+            UsageError: unknown entry, or a file that cannot be read.
+        """
+        return []
 
     def adopt(self, path: Path) -> Artifact | None:
         """An artifact made elsewhere, to be run as it is; None if the file is not of this target's kind.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
-from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
+from edgeattn.targets.base import Artifact, Availability, LowerPlan, OpCost, Runtime, Target
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -85,6 +85,12 @@ class OnnxTarget(Target):
         # as the graph says, or the numbers would be this machine's and not the device's.
         full = artifact.facts.get("weight_range") == FULL
         return OnnxRuntime(artifact, optimized=not (full and _saturates(platform.machine(), tools.cpu_extensions())))
+
+    def operations(self, artifact: Artifact, entry: str) -> list[OpCost]:
+        """See ``Target.operations``; the nodes of the graph."""
+        from edgeattn.targets.onnx_graph.operations import operations
+
+        return operations(artifact, entry)
 
     def adopt(self, path: Path) -> Artifact | None:
         """See ``Target.adopt``; an .onnx file of static shapes, whoever made it."""

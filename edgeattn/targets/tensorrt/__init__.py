@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing, UsageError, unknown
-from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
+from edgeattn.targets.base import Artifact, Availability, LowerPlan, OpCost, Runtime, Target
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -130,6 +130,12 @@ class TensorRTTarget(Target):
         from edgeattn.targets.onnx_graph.execute import OnnxRuntime
 
         return OnnxRuntime(artifact, artifact.precision in ("w8", "w4") and "main" not in artifact.entries)
+
+    def operations(self, artifact: Artifact, entry: str) -> list[OpCost]:
+        """See ``Target.operations``; the nodes of the typed graph, which the engine is built of."""
+        from edgeattn.targets.onnx_graph.operations import operations
+
+        return operations(artifact, entry)
 
     def others(self, artifact: Artifact) -> Mapping[str, Runtime]:
         """Where there is a GPU, the engine on it."""
