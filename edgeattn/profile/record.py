@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,7 @@ class Latency(_Part):
         blocks: the runs, by process and block, at most ``KEPT`` of a block, evenly taken. runs: their number in full.
         warmup: runs before, by process. warm: whether they became stable within the limit, by process.
         first_ms: the first run, by process. load_ms: from the file to a program that is ready, by process.
+        clock_ms: what timing an empty run takes, a part of every time.
         load_first_ms: the very first load, where the system compiles the program once; None where it does not.
     """
 
@@ -119,6 +120,7 @@ class Latency(_Part):
     warm: tuple[bool, ...] = ()
     first_ms: tuple[float, ...] = ()
     load_ms: tuple[float, ...] = ()
+    clock_ms: float = 0.0
     load_first_ms: float | None = None
 
 
@@ -292,10 +294,15 @@ class Record(_Part):
         return ", ".join(parts)
 
 
-def to_json(records: Iterable[Record]) -> str:
-    """The records as one JSON text: ``{"records": [...]}``."""
-    data = [record.model_dump(mode="json") for record in records]
-    return json.dumps({"records": data}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(records: Iterable[Record], ratios: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The records as one JSON text: ``{"records": [...]}``.
+
+    Args:
+        ratios: of records that took turns, see ``profile.run.pairs``; they can be computed anew from the records.
+    """
+    data: dict[str, Any] = {"records": [record.model_dump(mode="json") for record in records]}
+    data |= {"ratios": list(ratios)} if ratios else {}
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse(data: Any, where: str) -> list[Record]:

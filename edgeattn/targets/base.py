@@ -406,6 +406,8 @@ class Target(ABC):
     leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.
     dynamic: ClassVar[bool] = False
+    #: Which of ``units`` is to take all operations.
+    unit: ClassVar[str] = "cpu"
     #: Entries of a decoder: one graph for any number of rows, an entry for each length of the cache, or for the whole
     #: cache alone; "" for a target that takes none.
     cache: ClassVar[Literal["", "dynamic", "buckets", "whole"]] = ""
@@ -490,6 +492,22 @@ class Target(ABC):
             UsageError: unknown entry, or a file that cannot be read.
         """
         return []
+
+    def alone(self, artifact: Artifact, entry: str) -> bytes | None:
+        """A program with a signature for each of ``operations``, to be timed one by one; None if the runtime profiles.
+
+        Raises:
+            UsageError: as ``operations``.
+        """
+        return None
+
+    def units(self, artifact: Artifact, entry: str) -> dict[str, str]:
+        """Which unit of the runtime takes each of ``operations``, by name, the wanted one as ``unit``; none if all do.
+
+        Raises:
+            UsageError: as ``operations``.
+        """
+        return {}
 
     def adopt(self, path: Path) -> Artifact | None:
         """An artifact made elsewhere, to be run as it is; None if the file is not of this target's kind.
