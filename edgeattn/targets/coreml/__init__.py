@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing, UsageError
-from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Target
+from edgeattn.targets.base import Artifact, Availability, LowerPlan, OpCost, Runtime, Target
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -161,6 +161,13 @@ class CoreMLTarget(Target):
         from edgeattn.targets.coreml.predict import CoreMLRuntime
 
         return {"Core ML": CoreMLRuntime(artifact)}
+
+    def operations(self, artifact: Artifact, entry: str) -> list[OpCost]:
+        """See ``Target.operations``; the operations of the entry's function. Raises ToolchainMissing."""
+        self._need()
+        from edgeattn.targets.coreml.table import operations
+
+        return operations(artifact, entry)
 
     def adopt(self, path: Path) -> Artifact | None:
         """See ``Target.adopt``; an .mlpackage, whoever made it."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgeattn.core import tools
 from edgeattn.core.errors import ToolchainMissing
-from edgeattn.targets.base import NCHW, NHWC, Artifact, Availability, LowerPlan, Runtime, Target
+from edgeattn.targets.base import NCHW, NHWC, Artifact, Availability, LowerPlan, OpCost, Runtime, Target
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program
@@ -64,6 +64,24 @@ class TFLiteTarget(Target):
         from edgeattn.targets.tflite.runtime import LiteRuntime
 
         return LiteRuntime(artifact)
+
+    def operations(self, artifact: Artifact, entry: str) -> list[OpCost]:
+        """See ``Target.operations``; the operators of the signature's graph."""
+        from edgeattn.targets.tflite.table import operations
+
+        return operations(artifact, entry)
+
+    def alone(self, artifact: Artifact, entry: str) -> bytes | None:
+        """See ``Target.alone``: LiteRT's wheel has no profiler."""
+        from edgeattn.targets.tflite.alone import alone
+
+        return alone(artifact, entry)
+
+    def units(self, artifact: Artifact, entry: str) -> dict[str, str]:
+        """See ``Target.units``: XNNPACK, or LiteRT's own kernels."""
+        from edgeattn.targets.tflite.alone import units
+
+        return units(artifact, entry)
 
     def adopt(self, path: Path) -> Artifact | None:
         """See ``Target.adopt``; a .tflite file with signatures, whoever made it."""
