@@ -23,6 +23,32 @@ APPLE = {
     "macbook-m1": ("Apple M1", False),
     "macbook-m3": ("Apple M3", False),
 }
+#: Trillion operations a second of the Neural Engine, as Apple says.
+NEURAL = {
+    "iphone-12-pro": 11.0,
+    "iphone-13": 15.8,
+    "iphone-15-pro": 35.0,
+    "iphone-16-pro": 35.0,
+    "ipad-m4": 38.0,
+    "macbook-m1": 11.0,
+    "macbook-m3": 18.0,
+}
+#: Phones that run TFLite: number, clock in GHz and fp32 operations a clock of each kind of big core.
+PHONES = {
+    "pixel-8": ((1, 2.914, 32), (4, 2.367, 16)),
+    "galaxy-s24-ultra": ((1, 3.39, 32), (3, 3.15, 16), (2, 2.96, 16)),
+}
+#: Machines of no maker, each with the figures of a named one: its instruction set.
+GENERIC = {"x86-64-avx2": "x86_64", "x86-64-avx512": "x86_64", "aarch64-neoverse-n1": "aarch64"}
+#: Operations that a core does a clock, by precision.
+OPERATIONS = {
+    "Cortex-A53": {"fp32": 8},
+    "Cortex-A72": {"fp32": 8},
+    "Cortex-A76": {"fp32": 16, "fp16": 32, "w8a8": 64},
+    "Neoverse N1": {"fp32": 16, "fp16": 32, "w8a8": 64},
+    "AMD Ryzen 7 5700X": {"fp32": 32},
+    "Intel Xeon Platinum 8275CL": {"fp32": 64, "w8a8": 256},
+}
 #: Compute capability, flavour of TensorRT, memory.
 NVIDIA = {
     "jetson-orin-nano": ("8.7", "full", 8),
@@ -62,10 +88,10 @@ SYSTEM = ("deployment_target", "int8_activations")
 TENSORRT = ("compute_capability", "flavour")
 
 
-def test_the_boards_of_the_raspberry_pi_and_the_devices_of_apple_and_nvidia_are_there() -> None:
+def test_the_boards_of_the_raspberry_pi_and_the_other_devices_are_there() -> None:
     models = [f"raspberry-pi-{model}" for model in ("zero-2w", "3b", "4", "5")]
     assert {*models, *(f"{model}-32bit" for model in models)} == set(BOARDS)
-    assert {*BOARDS, *APPLE, *NVIDIA, *OPTICAL, "host"} == set(SHIPPED)
+    assert {*BOARDS, *APPLE, *PHONES, *GENERIC, *NVIDIA, *OPTICAL, "host"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -73,7 +99,7 @@ def test_a_file_is_valid_under_its_name(name: str) -> None:
     assert device.resolve(name).name == name
 
 
-@pytest.mark.parametrize("name", [*BOARDS, *APPLE, *NVIDIA, *OPTICAL])
+@pytest.mark.parametrize("name", [*BOARDS, *APPLE, *PHONES, *GENERIC, *NVIDIA, *OPTICAL])
 def test_every_figure_has_a_source(name: str) -> None:
     found = device.resolve(name)
     named: set[str] = set()
@@ -87,11 +113,69 @@ def test_every_figure_has_a_source(name: str) -> None:
     wanted = {figure + (under if figure == "extensions" else "") for figure in stated}
     assert wanted <= named <= wanted | {"extensions"}, "a source for each figure, a figure for each source"
     least = {"cpu", "cores", "clock_ghz", "bandwidth_gb_s"}
-    if name in APPLE:
-        least = {"chip", "cores", "memory_gb", *SYSTEM}
+    if name in BOARDS:
+        least |= {"memory_gb", "peak"}
+    elif name in APPLE:
+        least = {"chip", "cores", "memory_gb", "peak", *SYSTEM}
+    elif name in PHONES:
+        least = {"chip", "cpu", "cores", "clock_ghz", "memory_gb", "peak"}
+    elif name in GENERIC:
+        least |= {"extensions", "peak"}
     elif name in NVIDIA:
-        least = {"chip", "bandwidth_gb_s", "peak", *TENSORRT} | (least if found.kind == "board" else set())
-    assert ({"optics"} if name in OPTICAL else least | {"memory_gb"}) <= stated
+        least = {"chip", "bandwidth_gb_s", "memory_gb", "peak", *TENSORRT} | (least if found.kind == "board" else set())
+    assert ({"optics"} if name in OPTICAL else least) <= stated
+
+
+@pytest.mark.parametrize("name", sorted({*SHIPPED} - {*OPTICAL, "host"}))
+def test_a_device_has_what_a_roofline_needs_or_says_what_was_not_found(name: str) -> None:
+    found = device.resolve(name)
+    assert found.peak
+    assert None not in (found.peak_unit, found.peak_kind)
+    text = (schema.folders("devices")[-1] / f"{name}.toml").read_text(encoding="utf-8")
+    assert ("\n# No bandwidth_gb_s: " in text) == (found.bandwidth_gb_s is None)
+
+
+@pytest.mark.parametrize("name", [*BOARDS, *GENERIC])
+def test_the_peak_of_a_cpu_is_cores_times_clock_times_operations(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.peak_unit, found.peak_kind) == ("cpu", "computed")
+    every = (found.cores or 0) * (found.clock_ghz or 0) / 1000
+    assert found.peak == pytest.approx({key: every * ops for key, ops in OPERATIONS[str(found.cpu)].items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PHONES)
+def test_the_peak_of_a_phone_is_that_of_its_big_cores(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.peak_unit, found.peak_kind) == ("cpu", "computed")
+    single = sum(cores * clock * ops for cores, clock, ops in PHONES[name]) / 1000
+    # No w8a8: what the biggest core does there was not found.
+    assert found.peak == pytest.approx({"fp32": single, "fp16": 2 * single}, rel=3e-4)
+    assert found.clock_ghz == max(clock for _, clock, _ in PHONES[name])
+    assert (found.cores or 0) > sum(cores for cores, _, _ in PHONES[name]), "the little cores are not counted"
+
+
+@pytest.mark.parametrize("name", APPLE)
+def test_the_peak_of_an_apple_device_is_its_neural_engines(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.peak_unit, found.peak_kind) == ("npu", "documented")
+    assert found.peak == {"fp16": NEURAL[name]}
+
+
+@pytest.mark.parametrize("name", PHONES)
+def test_another_phone_runs_tflite_alone(name: str) -> None:
+    found = device.resolve(name)
+    assert (found.kind, found.machine, found.os_bits, found.targets) == ("phone", "aarch64", 64, ("tflite",))
+    assert make_job("fmvit-digits", device=name, check_tools=False).target == "tflite"
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_generic_machine_names_the_one_its_figures_are_of_and_is_not_this_one(name: str) -> None:
+    found = device.resolve(name)
+    assert found.kind != "host"
+    assert (found.machine, found.os_bits, found.targets) == (GENERIC[name], 64, ("onnx", "tflite"))
+    assert "figures of a" in found.description.lower()
+    assert ("avx512_vnni" in found.extensions) == (name == "x86-64-avx512")
+    assert make_job("fmvit-digits", device=name, check_tools=False).target == "onnx"
 
 
 @pytest.mark.parametrize("name", [name for name in BOARDS if not name.endswith("-32bit")])
@@ -116,7 +200,8 @@ def test_a_32_bit_system_has_tflite_runtime_and_nothing_else(name: str) -> None:
     assert found.runtimes == {"tflite": "tflite-runtime"}
     assert not {"onnxruntime", "ai-edge-litert"} & set(found.wheels)
     assert found.emulate == ""
-    same = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "bandwidth_kind")
+    figures = ("cpu", "cores", "clock_ghz", "memory_gb", "bandwidth_gb_s", "peak")
+    same = (*figures, "bandwidth_kind", "peak_unit", "peak_kind")
     assert [getattr(found, key) for key in same] == [getattr(board, key) for key in same]
 
 
