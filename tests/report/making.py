@@ -98,8 +98,8 @@ def operations(total: float, unit: str = "cpu", layers: int = 4, timed: bool = T
                 unit="cpu" if op == "Softmax" else unit,
                 ms=ms if timed else None,
                 share=weight / whole,
-                macs=int(weight * 4e6 * (1 + i % 5)) if heavy else None,
-                bytes=int(weight * 3e5),
+                macs=int(weight * 1.1e6 * (1 + i % 4)) if heavy else None,
+                bytes=int(weight * (9e5 if i % 3 else 6e4)),
                 estimate_ms=ms * (0.3 + 0.1 * (i % 4)),
                 bound="compute" if heavy else "memory" if i % 3 else "call",
             )

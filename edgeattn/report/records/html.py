@@ -182,7 +182,7 @@ def _of_one(records: list[Record]) -> list[Section]:
             Section(
                 "treemap",
                 "Where the time goes",
-                "Areas are time; a click goes into a module.",
+                "Areas are time, colours are kinds of operations; a click goes into a module.",
                 chart="treemap",
                 one=True,
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeattn.profile.record import Record
@@ -138,7 +138,6 @@ SUMMARY = [
         "rel. L2", "", True, "worst of the golden samples against the training form in float32, and what is allowed"
     ),
     Column("fallback", "%", True, "of the time, or of the operations, on another unit than was asked for"),
-    Column("to know"),
 ]
 
 
@@ -168,7 +167,7 @@ def _summary_row(index: int, record: Record) -> list[Cell]:
     metric = proof.metric
     return [
         Cell(str(index), index),
-        text(subject.model),
+        replace(text(subject.model), badges=badges(record)),
         Cell(target(record), target(record)),
         text(subject.precision),
         text(record.place.device),
@@ -183,7 +182,6 @@ def _summary_row(index: int, record: Record) -> list[Cell]:
         Cell(score(proof.accuracy, metric), proof.accuracy, drop(proof.accuracy, proof.reference_accuracy, metric)),
         figure(proof.worst_relative_l2, error, f"of {proof.tolerance:g}" if proof.tolerance is not None else ""),
         figure(fallback(record)),
-        Cell("", float(len(badges(record))), badges=badges(record)),
     ]
 
 

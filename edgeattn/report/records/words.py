@@ -48,7 +48,9 @@ def number(value: float | None) -> str:
 
 def error(value: float | None) -> str:
     """A relative error."""
-    return NONE if value is None else f"{value:.1e}"
+    if value is None:
+        return NONE
+    return f"{value:.2g}" if value >= 1e-3 else f"{value:.1e}"
 
 
 def count(number_of: int, name: str, plural: str = "") -> str:

@@ -23,8 +23,15 @@ function cut(text, most) {
   const front = Math.ceil((most - 1) * 0.4);
   return `${chars.slice(0, front).join("")}…${chars.slice(chars.length - (most - 1 - front)).join("")}`;
 }
-const tick = (text) => esc(cut(text, narrow() ? 17 : 44));
-const rowName = (record) => tick(`${record.n} · ${record.name}`);
+const tick = (text) => esc(cut(text, narrow() ? 17 : 64));
+// Of a module's path the end says most.
+function moduleTick(text) {
+  const chars = [...text];
+  const most = narrow() ? 20 : 64;
+  return esc(chars.length > most ? `…${chars.slice(1 - most).join("")}` : text);
+}
+// On a phone there is room for what a record is, not for how it was run: the number leads to the table.
+const rowName = (record) => tick(`${record.n} · ${narrow() ? record.short : record.name}`);
 
 function themed(layout) {
   const axis = (given) => ({
@@ -35,7 +42,7 @@ function themed(layout) {
   const made = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 380,
     font: { family: "system-ui, sans-serif", size: 12, color: css("--ink") },
-    margin: { l: 10, r: 16, t: 34, b: 44 }, dragmode: narrow() ? false : "zoom", hovermode: "closest",
+    margin: { l: 10, r: 16, t: 18, b: 44 }, dragmode: narrow() ? false : "zoom", hovermode: "closest",
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 }, align: "left" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--dim"), activecolor: css("--ink") },
     legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
@@ -82,8 +89,8 @@ const cutRows = (records) => records.slice(0, ROWS);
 
 function distribution(series, choice, title) {
   if (choice === "ecdf") {
-    const traces = series.map(({ name, values, color }, i) => ({
-      type: "scatter", mode: "lines", name: tick(name), x: values, y: values.map((_, k) => ((k + 1) / values.length) * 100),
+    const traces = series.map(({ name, label, values, color }, i) => ({
+      type: "scatter", mode: "lines", name: label || tick(name), x: values, y: values.map((_, k) => ((k + 1) / values.length) * 100),
       line: { shape: "hv", width: 2, color, dash: ["solid", "dash", "dot", "dashdot"][Math.floor(i / 8) % 4] },
       hoverinfo: "text", hovertext: values.map((value, k) => `${esc(name)}<br>${digits((100 * (k + 1)) / values.length)} % within ${digits(value)} ms`),
     }));
@@ -99,7 +106,7 @@ function distribution(series, choice, title) {
     box: { visible: true, width: 0.25 }, meanline: { visible: false }, points: false, spanmode: "hard", width: 0.86,
     hoverinfo: "x", hoveron: "violins", showlegend: false,
   }));
-  const labels = series.map(({ name }) => tick(name));
+  const labels = series.map(({ name, label }) => label || tick(name));
   return {
     traces, layout: { height: rowsHeight(labels, 36), yaxis: rows(labels), xaxis: msAxis(series.flatMap((one) => one.values), title) },
   };
@@ -110,7 +117,7 @@ function latency(state, choice) {
   if (!records.length) return null;
   const colours = groupColours(state.all);
   const series = records.map((record, i) => ({
-    name: `${record.n} · ${record.name}`, values: record.values, color: choice === "ecdf" ? colour(i) : colours.get(record.group),
+    name: `${record.n} · ${record.name}`, label: rowName(record), values: record.values, color: choice === "ecdf" ? colour(i) : colours.get(record.group),
   }));
   return distribution(series, choice, "latency, ms");
 }
@@ -211,7 +218,9 @@ function fallback(state) {
       r.wanted ? `asked for: ${esc(r.wanted)}` : ""].filter(Boolean).join(", ");
   };
   const parts = units.map((unit, i) => ({ name: `on ${unit || "another unit"}`, value: (r) => share(r, unit), color: colour(i), words: (r) => words(r, unit) }));
-  return bars(records, parts, "% of time, or of operations where no time is known");
+  const found = bars(records, parts, "% of time, or of operations where no time is known");
+  found.layout.showlegend = true; // the unit's name, also of a single one
+  return found;
 }
 
 const charts = { latency, pareto, memory, times, fallback };

@@ -41,41 +41,52 @@ function operations(state, choice) {
       hovertext: shown.map((one) => `${esc(one.name)}<br>${known(one.estimate) ? digits(one.estimate) : "–"} ms on the roofline`),
     });
   }
-  const labels = shown.map((one) => tick(one.name));
+  const labels = shown.map((one) => moduleTick(one.name));
   return { traces, layout: { height: rowsHeight(labels, 24), barmode: "stack", bargap: 0.3, yaxis: rows(labels), xaxis: { title: { text: found.title }, rangemode: "tozero" } } };
 }
 
 function treemap(state) {
   const found = basis(state.one.operations || []);
   if (!found) return null;
-  const nodes = new Map([["", { parent: "", label: state.one.bundle, value: 0, own: 0, words: "" }]]);
-  const total = state.one.operations.reduce((sum, op) => sum + (op[found.field] || 0), 0) || 1;
-  state.one.operations.forEach((op, i) => {
+  const nodes = new Map([["", { parent: "", label: state.one.bundle, value: 0, kinds: new Map() }]]);
+  const kinds = new Map();
+  const add = (sums, name, value) => sums.set(name, (sums.get(name) || 0) + value);
+  for (const op of state.one.operations) {
     const value = op[found.field] || 0;
-    if (!(value > 0)) return;
+    if (!(value > 0)) continue;
     let parent = "";
+    nodes.get("").value += value;
     for (const part of (op.module || "(no module)").split(".")) {
       const id = `${parent}.${part}`;
-      if (!nodes.has(id)) nodes.set(id, { parent, label: part, value: 0, own: 0 });
+      // A number says nothing alone: "stages.3", not "3".
+      const label = /^\d+$/.test(part) && parent ? `${nodes.get(parent).label}.${part}` : part;
+      if (!nodes.has(id)) nodes.set(id, { parent, label, value: 0, kinds: new Map() });
       nodes.get(id).value += value;
       parent = id;
     }
-    // A slash is in front of an operation's own id, which no path begins with.
-    nodes.set(`/${i}`, { parent, label: op.op || op.name, value, own: value, name: op.name });
-  });
+    add(nodes.get(parent).kinds, op.op || "(unknown)", value);
+    add(kinds, op.op || "(unknown)", value);
+  }
+  // A module with a single kind of operation is a box of it; one with several, or with modules inside, has a box of each.
+  const inner = new Set([...nodes.values()].map((node) => node.parent));
+  for (const [id, node] of [...nodes]) {
+    if (node.kinds.size === 1 && !inner.has(id)) [node.kind] = node.kinds.keys();
+    else for (const [kind, value] of node.kinds) nodes.set(`/${id}/${kind}`, { parent: id, label: kind, value, kinds: new Map(), kind, of: id });
+  }
   const list = [...nodes.entries()];
-  const share = (value) => `${digits(value)} ${found.title}, ${digits((100 * value) / total)} %`;
-  nodes.get("").value = total;
+  const order = [...kinds].sort((a, b) => b[1] - a[1]).map(([kind]) => kind);
+  const fill = (node) => (known(node.kind) ? colour(Math.min(order.indexOf(node.kind), 7)) : css("--panel"));
+  const words = ([id, node]) => `${esc((node.of === undefined ? id : node.of).slice(1) || node.label)}${known(node.kind) ? ` (${esc(node.kind)})` : ""}`
+    + `<br>${digits(node.value)} ${found.title}, ${digits((100 * node.value) / (nodes.get("").value || 1))} %`;
   return {
     traces: [{
       type: "treemap", ids: list.map(([id]) => id || "root"), labels: list.map(([, node]) => esc(cut(node.label, 40))),
-      parents: list.map(([id, node]) => (id === "" ? "" : node.parent || "root")), values: list.map(([, node]) => node.own),
-      branchvalues: "remainder", maxdepth: narrow() ? 3 : 4, textinfo: "label", hoverinfo: "text", sort: true,
-      hovertext: list.map(([id, node]) => `${esc(id.startsWith("/") ? node.name : id.slice(1) || node.label)}<br>${share(node.value)}`),
-      pathbar: { thickness: 22 }, tiling: { pad: 2 }, marker: { line: { color: css("--paper"), width: 1 }, pad: { t: 20, l: 3, r: 3, b: 3 } },
-      root: { color: css("--panel") },
+      parents: list.map(([id, node]) => (id === "" ? "" : node.parent || "root")), values: list.map(([, node]) => (known(node.kind) ? node.value : 0)),
+      branchvalues: "remainder", textinfo: "label", hoverinfo: "text", hovertext: list.map(words), pathbar: { thickness: 22 },
+      textfont: { color: list.map(([, node]) => css(known(node.kind) ? "--on" : "--ink")) }, tiling: { pad: 2 },
+      marker: { colors: list.map(([, node]) => fill(node)), line: { color: css("--line"), width: 1 }, pad: { t: 20, l: 3, r: 3, b: 3 } },
     }],
-    layout: { height: narrow() ? 420 : 540, margin: { l: 0, r: 0, t: 30, b: 0 }, treemapcolorway: [0, 1, 2, 3, 4, 5, 6].map(colour) },
+    layout: { height: narrow() ? 460 : 560, margin: { l: 0, r: 0, t: 26, b: 0 } },
   };
 }
 
@@ -124,7 +135,7 @@ function quantized(state) {
     y: found.map((_, k) => k), x: found.map((item) => (item.bits === own ? item.error : null)), hoverinfo: "text", textposition: "none",
     hovertext: found.map((item) => `${esc(item.module || "(model)")}<br>relative L2 ${esc(item.text)}`),
   }));
-  const labels = found.map((item) => tick(item.module || "(model)"));
+  const labels = found.map((item) => moduleTick(item.module || "(model)"));
   const axis = logAxis(found.map((item) => item.error), "relative L2 of what the module gives, logarithmic");
   axis.range[0] -= 0.3; // so that the smallest has a bar, too
   return { traces, layout: { height: rowsHeight(labels, 24), barmode: "stack", bargap: 0.3, yaxis: rows(labels), xaxis: axis } };
@@ -140,7 +151,7 @@ function states(state) {
   panels.forEach(([title, field], i) => {
     const axis = i ? `y${i + 1}` : "y";
     const own = found.filter((one) => known(one[field]));
-    layout[`yaxis${i ? i + 1 : ""}`] = { title: { text: title }, domain: [1 - (i + 1) * height + 0.05, 1 - i * height - 0.03] };
+    layout[`yaxis${i ? i + 1 : ""}`] = { title: { text: title }, domain: [1 - (i + 1) * height + 0.05, 1 - i * height - 0.03], rangemode: field === 1 ? "normal" : "tozero" };
     traces.push({
       type: "scatter", mode: "lines+markers", x: own.map((one) => one[0]), y: own.map((one) => one[field]), yaxis: axis,
       line: { color: colour(i), width: 2 }, marker: { size: 6 }, hoverinfo: "text",
@@ -178,7 +189,7 @@ function overlay(state, choice) {
   const high = Math.max(...series.map((one) => one.values[Math.floor((one.values.length - 1) * 0.99)]));
   const size = (high - low) / 60 || low / 60 || 1;
   const traces = series.map((one) => ({
-    type: "histogram", name: tick(one.name), x: one.values, histnorm: "percent", opacity: 0.6, marker: { color: one.color },
+    type: "histogram", name: moduleTick(one.name), x: one.values, histnorm: "percent", opacity: 0.6, marker: { color: one.color },
     xbins: { start: low, end: Math.max(...all) + size, size }, autobinx: false, hoverinfo: "x+y",
   }));
   const pad = size * 2;
@@ -188,7 +199,7 @@ function overlay(state, choice) {
 function changes(state) {
   const found = (state.one.changes || []).slice(0, MODULES);
   if (!found.length) return null;
-  const labels = found.map((item) => tick(item.module));
+  const labels = found.map((item) => moduleTick(item.module));
   const words = (item) => `${esc(item.module)}<br>${known(item.a) ? digits(item.a) : "–"} → ${known(item.b) ? digits(item.b) : "–"} ms`;
   const part = (name, own, color) => ({
     type: "bar", orientation: "h", name, y: found.map((_, i) => i), x: found.map((item) => (own(item.change) ? item.change : null)),
