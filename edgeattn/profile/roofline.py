@@ -1,0 +1,237 @@
+"""An uncalibrated estimate of what every operation of an artifact takes: the roofline of the device.
+
+An operation takes as long as its arithmetic at the device's peak, or as its bytes at the memory's bandwidth, whichever
+is longer, and what calling it costs. No number here was fitted to a model or to a device. What runtimes of every kind
+do with a graph is taken from how they are built:
+
+- Activations, additions and factors that follow a convolution or a matrix product are part of it: its result is still
+  in registers. Such an operation takes no call, and of an addition the other summand alone is read.
+- Views and storage in integers between two operations cost nothing.
+- ``GROUPED`` and ``CURVED`` are choices of ours, round numbers that follow from what the kernels have to do.
+
+It ranks models and operations; a single figure can be off by a factor of two or more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from edgeattn.core import tools
+from edgeattn.core.errors import UsageError
+from edgeattn.device import Device
+from edgeattn.targets.base import OpCost
+
+#: Share of the peak that products of few channels reach, see ``FEW``. A depthwise kernel uses each number that it loads
+#: for one output channel alone, so it loads data and weights for every step: two loads a step halve the rate, and what
+#: it does at borders and between rows halves it again.
+GROUPED = 0.25
+#: Channels of a group below which a product counts as a grouped one: they do not fill a vector of 16 numbers.
+FEW = 16
+#: Arithmetic operations for an element of a function without an instruction of its own: an exponential or an error
+#: function is a polynomial of about ten terms, of two operations each, and its range has to be reduced before.
+CURVED = 32
+#: What calling one operation costs a runtime, in ms: on a CPU to find its buffers, elsewhere to have it started.
+CALL_MS = {"cpu": 0.002, "gpu": 0.004, "npu": 0.004}
+
+#: Operations by their names in all targets, in small letters without underscores.
+_ACTIVATIONS = frozenset("relu relu6 relun1to1 relu0to1 clip hardswish hardsigmoid sigmoidhard leakyrelu".split())
+_SUMS, _FACTORS = ("add", "sub"), ("mul", "div", "prelu")
+_CURVES = frozenset(
+    "gelu quickgelu erf exp log sin cos pow sigmoid logistic silu swish mish tanh elu selu celu softplus softmax "
+    "logsoftmax".split()
+)
+_WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2, "w8a8": 1, "fp8": 1}
+#: What computes a type that the roof has no peak for, the nearest first.
+_INSTEAD = {"w8a8": ("fp16", "fp32"), "fp8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp16", "fp32")}
+
+#: fp32 operations a clock of one core, by an extension's name; the first that a CPU has counts. A fused
+#: multiply-add is two, and there are two units for them. Advanced SIMD as a Cortex-A76 has it.
+_A_CLOCK = {"avx512f": 64, "avx2": 32, "avx": 16, "sse2": 8, "asimd": 16, "neon": 8}
+#: How many times as many 8-bit operations a CPU does with an extension, the first that it has.
+_EIGHT_BITS = {"avx512_vnni": 4, "avx_vnni": 4, "asimddp": 4}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a device can do at most.
+
+    Attributes:
+        tflops: arithmetic per second in 1e12 operations (two for a multiply-accumulate), by ``OpCost.dtype``.
+        gb_s: bandwidth of its memory. call_ms: what calling an operation costs.
+        source: where the peaks and the bandwidth are from, such as "documented" or "computed, measured".
+    """
+
+    tflops: Mapping[str, float]
+    gb_s: float
+    call_ms: float = CALL_MS["cpu"]
+    source: str = "documented"
+
+    def peak(self, dtype: str) -> float:
+        """TFLOPS for a dtype: its own, that of a wider one that stands in, or the slowest."""
+        for name in (dtype, *_INSTEAD.get(dtype, ())):
+            if name in self.tflops:
+                return self.tflops[name]
+        return min(self.tflops.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The uncalibrated estimate of an operation in ms, and what bounds it; "" where it is part of another."""
+
+    ms: float
+    bound: Literal["compute", "memory", "call", ""]
+
+
+def estimate(operations: Sequence[OpCost], roof: Roof) -> list[Estimate]:
+    """An uncalibrated estimate of every operation, in order; their sum is the whole's.
+
+    Args:
+        operations: of one graph, as ``Target.operations`` gives them.
+    """
+    joined = _joined(operations)
+    return [_one(operation, roof, joined.get(index)) for index, operation in enumerate(operations)]
+
+
+def _one(operation: OpCost, roof: Roof, joined: int | None) -> Estimate:
+    """Of one operation; ``joined`` are the bytes that it moves as a part of another."""
+    moved = operation.bytes if joined is None else joined
+    if not moved and not operation.macs:
+        return Estimate(0.0, "")
+    compute = flops(operation) / (roof.peak(operation.dtype) * 1e9 * efficiency(operation)) if joined is None else 0.0
+    memory = moved / (roof.gb_s * 1e6)
+    call = roof.call_ms if joined is None else 0.0
+    longest = max(compute, memory)
+    return Estimate(longest + call, "call" if call > longest else "compute" if compute > memory else "memory")
+
+
+def flops(operation: OpCost) -> float:
+    """Arithmetic operations: two for a multiply-accumulate, ``CURVED`` for an element of a curve, one for another."""
+    if operation.macs or operation.dtype == "int":
+        return 2.0 * operation.macs
+    elements = operation.bytes_out / _WIDTH.get(operation.dtype, 4)
+    return elements * (CURVED if _kind(operation) in _CURVES else 1)
+
+
+def efficiency(operation: OpCost) -> float:
+    """Share of the peak that an operation's kind can reach: ``GROUPED`` of convolutions of few channels, else 1."""
+    return GROUPED if operation.macs and "conv" in _kind(operation) and operation.channels < FEW else 1.0
+
+
+def _kind(operation: OpCost) -> str:
+    return operation.op.lower().replace("_", "")
+
+
+def _joined(operations: Sequence[OpCost]) -> dict[int, int]:
+    """By the places of operations that become part of a product before them: the bytes that they still move."""
+    same: dict[str, str] = {}  # what a view gives is what it was given
+    readers: dict[str, int] = {}
+    for operation in operations:
+        read = {same.get(name, name) for name in operation.inputs}
+        if not operation.bytes and not operation.macs and len(read) == 1 and len(operation.outputs) == 1:
+            (same[operation.outputs[0]],) = read
+            continue
+        for name in read:
+            readers[name] = readers.get(name, 0) + 1
+    found: dict[int, int] = {}
+    open_ends: dict[str, int] = {}  # bytes of results of products, and of what became part of one
+    for index, operation in enumerate(operations):
+        kind, given = _kind(operation), [same.get(name, name) for name in operation.inputs]
+        ends = [name for name in dict.fromkeys(given) if name in open_ends and readers[name] == 1]
+        fits = kind in _ACTIVATIONS or (kind in _FACTORS and len(given) == 1) or kind in _SUMS
+        if operation.bytes and ends and fits and not operation.macs:
+            end = ends[-1]  # of a sum of two products the later one is still in registers
+            other = [name for name in dict.fromkeys(given) if name != end]
+            found[index] = max(operation.bytes_in - open_ends[end], 0) if other else 0
+        if len(operation.outputs) == 1 and (operation.macs or index in found):
+            open_ends[operation.outputs[0]] = operation.bytes_out
+    return found
+
+
+def roof_of(device: Device, precision: str, threads: int = 0) -> Roof:
+    """The roof of a device, for an artifact of a precision.
+
+    Args:
+        device: one of kind "host" stands for this machine: its peaks are computed from what the CPU says of itself,
+            its bandwidth is measured here, which takes a fraction of a second.
+        precision: small weights (w8, w4) are computed with in the floats around them.
+        threads: of the CPU; 0 for all cores. Others' peaks are all cores', and fall with the threads; the bandwidth
+            stays, as one core may well use all of it.
+
+    Raises:
+        UsageError: the device's file has no peak for the precision, or no bandwidth; this machine does not say what
+            its CPU is.
+    """
+    if device.kind == "host":
+        return _here(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1)
+    where = f"device {device.name}"
+    wanted = ("fp32", "fp16") if precision in ("w8", "w4") else (precision,)
+    if not set(wanted) & set(device.peak):
+        raise UsageError(
+            "there is no roofline for an estimate",
+            value=f"peak of {' or '.join(wanted)}",
+            where=where,
+            why=f"its file has peaks of {', '.join(device.peak)}" if device.peak else "its file has no table [peak]",
+            fix="add the documented peak in TFLOPS to a device file of yours, with this one as its base",
+        )
+    if device.bandwidth_gb_s is None:
+        why, fix = "its file has none", "add it to a device file of yours, with this one as its base"
+        raise UsageError("there is no roofline for an estimate", value="bandwidth_gb_s", where=where, why=why, fix=fix)
+    unit = device.peak_unit or "gpu"  # the default of target tensorrt, see Device
+    share = min(threads / device.cores, 1.0) if unit == "cpu" and threads and device.cores else 1.0
+    kinds = dict.fromkeys((device.peak_kind or "documented", device.bandwidth_kind or "documented"))
+    peaks = {name: peak * share for name, peak in device.peak.items()}
+    return Roof(peaks, device.bandwidth_gb_s, CALL_MS[unit], ", ".join(kinds))
+
+
+def _here(threads: int) -> Roof:
+    """Of this machine's CPU: threads x clock x operations a clock, and a measured bandwidth."""
+    has = tools.cpu_extensions()
+    a_clock = next((number for name, number in _A_CLOCK.items() if name in has), None)
+    clock = clock_ghz()
+    if a_clock is None or clock is None:
+        raise UsageError(
+            "there is no roofline for an estimate",
+            value="clock" if clock is None else "instruction set",
+            where="this machine",
+            why="its system does not say it in /proc/cpuinfo or /sys",
+            fix="describe it in a device file with cores, peak and bandwidth_gb_s, and name that device",
+        )
+    fp32 = threads * clock * a_clock / 1e3
+    times = next((number for name, number in _EIGHT_BITS.items() if name in has), 1)
+    half = 2.0 if "asimdhp" in has else 1.0
+    return Roof({"fp32": fp32, "fp16": fp32 * half, "w8a8": fp32 * times}, copied_gb_s(), source="computed, measured")
+
+
+def clock_ghz(root: Path = Path("/")) -> float | None:
+    """The highest clock of this machine's cores as Linux says it, else the one it runs at now; None elsewhere."""
+    highest = []
+    for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq"):
+        try:
+            highest.append(float(path.read_text()) / 1e6)
+        except (OSError, ValueError):
+            continue
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        now = [float(line.partition(":")[2]) / 1e3 for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        now = []
+    return max(highest or now, default=None)
+
+
+def copied_gb_s(megabytes: int = 128, rounds: int = 5) -> float:
+    """Bandwidth of this machine's memory in GB/s, read and written together, by copying that much; the best round."""
+    source = np.ones(megabytes * 125_000, np.float64)
+    copy = np.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds + 1):  # the first one has the system find the pages
+        begun = time.perf_counter()
+        np.copyto(copy, source)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * source.nbytes / best / 1e9
