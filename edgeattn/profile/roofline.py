@@ -41,11 +41,11 @@ CURVED = 32
 CALL_MS = {"cpu": 0.002, "gpu": 0.004, "npu": 0.004}
 
 #: Operations by their names in all targets, in small letters without underscores.
-_ACTIVATIONS = frozenset("relu relu6 relun1to1 relu0to1 clip hardswish hardsigmoid sigmoidhard leakyrelu".split())
+_ACTIVATIONS = ("relu", "relu6", "relun1to1", "relu0to1", "clip", "hardswish", "hardsigmoid", "leakyrelu")
 _SUMS, _FACTORS = ("add", "sub"), ("mul", "div", "prelu")
-_CURVES = frozenset(
-    "gelu quickgelu erf exp log sin cos pow sigmoid logistic silu swish mish tanh elu selu celu softplus softmax "
-    "logsoftmax".split()
+_CURVES = (
+    *("gelu", "quickgelu", "erf", "exp", "log", "sin", "cos", "pow", "sigmoid", "logistic", "silu", "swish", "mish"),
+    *("tanh", "elu", "selu", "celu", "softplus", "softmax", "logsoftmax"),
 )
 _WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2, "w8a8": 1, "fp8": 1}
 #: What computes a type that the roof has no peak for, the nearest first.
