@@ -123,13 +123,14 @@ def _operations_words(record: Record) -> str:
 
 
 def _quantized(record: Record) -> list[dict[str, Any]]:
-    found = []
+    found: list[tuple[float, dict[str, Any]]] = []
     for item in record.proof.quantized:
         value = item.get("error")
         if isinstance(value, int | float):
             bits = plain(item.get("bits", ""))
-            found.append({"module": plain(item.get("module", "")), "bits": bits, "error": value, "text": error(value)})
-    return sorted(found, key=lambda item: -item["error"])[:MODULES]
+            name = plain(item.get("module", ""))
+            found.append((value, {"module": name, "bits": bits, "error": value, "text": error(value)}))
+    return [item for _, item in sorted(found, key=lambda pair: -pair[0])[:MODULES]]
 
 
 def metrics(records: list[Record]) -> list[tuple[str, bool]]:

@@ -17,6 +17,7 @@ from edgeattn.report.records.words import (
     interval,
     middle,
     number,
+    over_tolerance,
     p50,
     plain,
     score,
@@ -236,10 +237,16 @@ def proof_table(records: list[Record], names: list[str]) -> Table | None:
                 Cell(score(p.reference_accuracy, p.metric), p.reference_accuracy),
                 figure(p.samples, lambda value: NONE if value is None else f"{value:,.0f}"),
                 text(p.metric),
-                Cell(plain(p.unproven) or "nothing is left open", plain(p.unproven)),
+                Cell(_open(record), _open(record)),
             ]
         )
     return Table(columns, rows, label="proofs").trimmed() if rows else None
+
+
+def _open(record: Record) -> str:
+    left = ["the numbers are over the tolerance"] if over_tolerance(record) else []
+    left += [plain(record.proof.unproven)] if record.proof.unproven else []
+    return "; ".join(left) or "nothing is left open"
 
 
 def reparam_table(records: list[Record]) -> Table | None:

@@ -223,4 +223,23 @@ function fallback(state) {
   return found;
 }
 
-const charts = { latency, pareto, memory, times, fallback };
+// Of pairs: B over A, with the line where both are equal.
+function ratios(state) {
+  const pairs = cutRows(state.shown.filter((pair) => known(pair.ratio)));
+  if (!pairs.length) return null;
+  const labels = pairs.map(rowName);
+  const words = (pair) => `${pair.n} · ${esc(pair.name)}<br>${digits(pair.ratio)}x${known(pair.low) ? `, ${digits(pair.low)}x to ${digits(pair.high)}x` : ", no interval"}`;
+  const traces = [{
+    type: "scatter", mode: "markers", x: pairs.map((p) => p.ratio), y: pairs.map((_, i) => i), hoverinfo: "text", hovertext: pairs.map(words),
+    marker: { size: 9, color: pairs.map((p) => (p.low > 1 ? colour(1) : p.high < 1 ? colour(0) : colour(7))) },
+    error_x: { type: "data", symmetric: false, array: pairs.map((p) => (known(p.high) ? p.high - p.ratio : 0)),
+      arrayminus: pairs.map((p) => (known(p.low) ? p.ratio - p.low : 0)), color: css("--dim"), thickness: 1.5, width: 4 },
+  }];
+  const ends = pairs.flatMap((p) => [p.ratio, p.low, p.high]).filter(known).concat([1]);
+  const axis = logAxis(ends, "B / A, logarithmic");
+  if (spread(ends) < 2) Object.assign(axis, { type: "linear", tickvals: undefined, ticktext: undefined, range: undefined, title: { text: "B / A" } });
+  const shapes = [{ type: "line", xref: "x", yref: "paper", x0: 1, x1: 1, y0: 0, y1: 1, line: { color: css("--ink"), width: 1, dash: "dash" } }];
+  return { traces, layout: { height: rowsHeight(labels), shapes, yaxis: { ...rows(labels), showgrid: true }, xaxis: axis } };
+}
+
+const charts = { ratios, latency, pareto, memory, times, fallback };

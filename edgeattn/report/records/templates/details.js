@@ -213,6 +213,7 @@ Object.assign(charts, { operations, treemap, roofline, quantized, states, runs, 
 
 const tables = {
   numerics: (one) => one.numerics,
+  figures: (one) => one.figures,
   changes: (one) => one.table,
   operations: (one) => {
     const found = basis(one.operations);
