@@ -143,7 +143,7 @@ def _joined(operations: Sequence[OpCost]) -> dict[int, int]:
     open_ends: dict[str, int] = {}  # bytes of results of products, and of what became part of one
     for index, operation in enumerate(operations):
         kind, given = _kind(operation), [same.get(name, name) for name in operation.inputs]
-        ends = [name for name in dict.fromkeys(given) if name in open_ends and readers[name] == 1]
+        ends = [name for name in dict.fromkeys(given) if name in open_ends and readers.get(name) == 1]
         fits = kind in _ACTIVATIONS or (kind in _FACTORS and len(given) == 1) or kind in _SUMS
         if operation.bytes and ends and fits and not operation.macs:
             end = ends[-1]  # of a sum of two products the later one is still in registers
