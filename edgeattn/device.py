@@ -214,8 +214,9 @@ class Device(schema.Strict):
         peak: the most arithmetic of ``peak_unit``, by precision (fp32, fp16, fp8, w8a8), in TFLOPS, for w8a8 in TOPS;
             a multiply-accumulate is two. Dense, and of a GPU with the fastest accumulation, fp32 without TF32, and
             without accelerators beside it. A bound that no model reaches, and not whether a target can use it.
-        peak_unit: what computes so much: all cores of the CPU, the GPU, or a neural engine.
-        peak_kind: whether that is documented, or computed from cores, clock and documented operations a clock.
+        peak_unit: what computes so much: the CPU's cores, of a phone the big ones alone; the GPU; or a neural engine.
+        peak_kind: whether that is documented, or computed: cores times clock times operations a clock, which a document
+            or somebody's benchmark tells.
         optics: of a 4f correlator, see ``Optics``.
         connect: its address. emulate: the emulated CPU that can stand for it in verifying numbers.
         identity, known_hosts: files for ssh, where they are not the usual ones.
@@ -225,7 +226,7 @@ class Device(schema.Strict):
     name: str
     base: str | None = None
     description: str
-    kind: Literal["host", "board", "phone", "tablet", "laptop", "gpu", "optical"]
+    kind: Literal["host", "board", "phone", "tablet", "laptop", "server", "gpu", "optical"]
     machine: str
     os_bits: Literal[32, 64] | None = None
     targets: tuple[str, ...] = Field(min_length=1)

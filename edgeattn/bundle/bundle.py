@@ -17,7 +17,8 @@ from edgeattn.core.errors import CheckFailed, UsageError, unknown
 from edgeattn.core.files import inside, whole_folder
 from edgeattn.core.hashing import sha256_file
 from edgeattn.core.numerics import Array, Numerics, compare
-from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor, own_widths
+from edgeattn.targets.base import Artifact, ArtifactEntry, Runtime, Tensor
+from edgeattn.targets.feeds import own_widths
 
 RUNNER = Path(__file__).with_name("runner.py")
 #: Held-out samples that travel with a bundle.

@@ -2,105 +2,242 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
-    from rich.table import Table
+
+    from edgeattn.profile.record import Record
+    from edgeattn.profile.run import Outcome
+
+#: Operations that are shown of each record; all are in the record.
+SHOWN = 8
 
 
-@click.command("profile", short_help="Measure a bundle's latency, here or on a device.")
-@click.argument("bundle", type=click.Path())
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions alone
+    """Whole numbers above 0 with commas between: 1,2,4."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """See ``click.ParamType``."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(text) for text in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not whole numbers with commas between, such as 1,2,4", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{min(numbers)} is too small: at least 1", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
+@click.command("profile", short_help="Measure bundles' latency, here or on a device, or estimate it.")
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path())
 @click.option("--device", "-d", default="local", help="A device's name, ssh://user@host, or local. [default: local]")
-@click.option("--backend", "-b", help="Which artifact, where the bundle holds several. [default: all]")
+@click.option("--backend", "-b", help="Which artifact, where a bundle holds several. [default: all]")
+@click.option("--entry", "-e", help="Which graph. [default: main, or the first]")
+@click.option("--precision", "-p", metavar="P[,P...]", help="Of the bundles, only those of these precisions.")
+@click.option("--threads", type=Numbers(), help="CPU threads; not for Core ML. [default: the runner's choice]")
+@click.option("--batch", type=Numbers(), help="Sizes of the first axis, where the artifact takes them.")
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads; not for Core ML. [default: the runner's choice]"
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Fresh processes of each. [default: 10 of several; 4 to 12 of one, until its interval is narrow]",
 )
-@click.option("--runs", type=click.IntRange(min=1), help="Timed runs. [default: as many as it takes]")
+@click.option("--runs", type=click.IntRange(min=1), help="Timed runs of each process. [default: for 0.8 s]")
 @click.option("--warmup", type=click.IntRange(min=0), help="Runs before. [default: until the times are stable]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(bundle: str, device: str, backend: str | None, as_json: bool, **counts: int | None) -> None:
-    """Measure BUNDLE's latency with its own run.py, in a fresh process on this machine or on a device.
+@click.option("--within", default=2.0, show_default=True, help="Percent of the median that is narrow enough.")
+@click.option("--limit", default=300.0, show_default=True, help="Seconds after which no further round begins.")
+@click.option("--cooldown", default=60.0, show_default=True, help="Seconds that a hot device may cool down, a round.")
+@click.option("--ops/--no-ops", default=True, show_default=True, help="Time each operation too, in a process apart.")
+@click.option("--estimate", is_flag=True, help="Run nothing: an uncalibrated estimate from the device file's peaks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+@click.option("--output", "-o", type=click.Path(), metavar="FILE.json", help="Write the records there too.")
+@click.option("--history/--no-history", default=True, show_default=True, help="Add the records to the history.")
+def command(
+    bundles: tuple[str, ...],
+    device: str,
+    backend: str | None,
+    entry: str | None,
+    precision: str | None,
+    threads: tuple[int, ...] | None,
+    batch: tuple[int, ...] | None,
+    estimate: bool,
+    as_json: bool,
+    output: str | None,
+    history: bool,
+    **effort: Any,
+) -> None:
+    """Measure the latency of bundles with their own run.py, in fresh processes on this machine or on a device.
 
-    The golden outputs are compared first: a wrong result has no latency.
+    The golden outputs are compared first: a wrong result has no latency. Several bundles, or several numbers of
+    threads, are measured in turns, block by block, so that their ratios are fair. A BUNDLE may be a folder of bundles.
+
+    \b
+      edgeattn profile out/fmvit-digits.onnx.fp32
+      edgeattn profile out/a.onnx.fp32 out/b.onnx.fp32 --threads 1
+      edgeattn profile out --precision fp32,w8a8 --output records.json
+      edgeattn profile out/fmvit-digits.tflite.fp32 --estimate --device raspberry-pi-5
     """
-    import json
+    from edgeattn.cli._show import Status
+    from edgeattn.core.errors import EdgeAttnError, UsageError
+    from edgeattn.core.files import check_writable, write_whole
+    from edgeattn.profile import run, store
+    from edgeattn.profile.measure import Effort
+    from edgeattn.profile.record import to_json
 
-    from edgeattn.bundle import Bundle
-    from edgeattn.cli._show import Status, console
-    from edgeattn.core.errors import unknown
-    from edgeattn.profile.transports import open_transport
-
-    opened = Bundle.open(bundle)
-    backends = [info.backend for info in opened.manifest.artifacts]
-    if backend is not None and backend not in backends:
-        raise unknown("backend", backend, backends, where=str(bundle))
-    transport = open_transport(device)
-    arguments = ["--profile"]
-    for name, count in counts.items():
-        arguments += [f"--{name}", str(count)] if count is not None else []
-    runs = [[*arguments, "--backend", name] for name in ([backend] if backend else backends)]
-    with Status() as status:
-        status.say(f"measuring on {transport.url}")
-        results = transport.run_all(opened.path, runs, status.say)
-    if as_json:
-        click.echo(json.dumps({"device": device, "results": results}, indent=1))
-        return
-    out = console()
-    for result in results:
-        if "compute_units" in result:
-            _show_units(out, result)
-    if plain := [result for result in results if "compute_units" not in result]:
-        out.print(_plain(plain))
-    out.print()
-    first = results[0]
-    for result in results if len(opened.manifest.entries) > 1 else ():
-        if "timed" in result:
-            out.print(f"{result['backend']}: {result['timed']}", markup=False)
-    out.print(f"{first['machine']}, {first['cpu']}, Python {first['python']}", markup=False)
-    for when in ("before", "after"):
-        state = ", ".join(f"{k} {v}" for k, v in first[when].items() if v not in (None, [], ""))
-        if state:
-            out.print(f"{when}: {state}", markup=False)
-
-
-def _plain(results: list[dict[str, Any]]) -> Table:
-    """A row for each artifact."""
-    from edgeattn.cli._show import table
-
-    columns = ("backend", "runtime", "threads", "p50 ms", "p90", "p99", "first", "load ms", "peak MB", "runs")
-    rows = table(*columns, right=columns[2:])
-    for r in results:
-        figures = [f"{r[key]:.2f}" for key in ("p50", "p90", "p99", "first_ms", "load_ms")]
-        rows.add_row(r["backend"], r["runtime"], str(r["threads"]), *figures, f"{r['peak_rss_mb']:.0f}", str(r["runs"]))
-    return rows
-
-
-def _show_units(out: Console, result: dict[str, Any]) -> None:
-    """A row for each of Core ML's compute units, and what kept one from being measured."""
-    from edgeattn.cli._show import table
-
-    timed = {"p50 ms": "p50", "p90": "p90", "p99": "p99", "first": "first_ms", "load ms": "load_ms"}
-    columns = (*timed, "first load", "runs", "ops off", "cost off")
-    rows = table("compute unit", *columns, right=columns)
-    said = []
-    for unit in result["compute_units"]:
-        name = unit["compute_unit"]
-        times = ["-" if unit.get(key) is None else f"{unit[key]:.2f}" for key in (*timed.values(), "load_first_ms")]
-        shares = [unit["fallback_ops_percent"], unit["fallback_cost_percent"]]
-        off = ["-" if share is None else f"{share:.1f} %" for share in shares]
-        rows.add_row(name, *times, str(unit.get("runs", "-")), *off)
-        said += [f"{name}: {unit['why']}"] if not unit["holds"] else []
-        said += [f"{name}: its plan cannot be told: {unit['plan_why']}"] if unit["plan_why"] else []
-    out.print(rows)
-    out.print()
-    for line in said:
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(
-        "off: the share of operations, and of their estimated cost, that Core ML's plan puts on another device than "
-        "the Neural Engine (CPU_AND_NE, ALL), the GPU (CPU_AND_GPU) or the CPU (CPU_ONLY)",
-        soft_wrap=True,
+    if output is not None:
+        if Path(output).suffix.lower() != ".json":
+            fix = f"--output {Path(output).with_suffix('.json')}"
+            raise UsageError("records are JSON", value=output, where="--output", fix=fix)
+        check_writable(Path(output).resolve().parent)
+    precisions = tuple(filter(None, (precision or "").split(",")))
+    jobs = run.jobs_of(
+        run.select(bundles, precisions),
+        run.Wanted(backend, entry, threads or (), batch or (), precisions),
     )
-    out.print(f"{result['runtime']}, {result['system']}, compiled in {result['compile_ms']:.0f} ms", markup=False)
+
+    def keep(records: Sequence[Record]) -> None:
+        """Before anything is shown: what was measured is not lost to whatever comes after."""
+        if output is not None:
+            write_whole(Path(output), to_json(records).encode())
+        if history:
+            store.append(records)
+
+    if estimate:
+        outcome = run.Outcome(run.estimate(jobs, device))
+        keep(outcome.records)
+    else:
+        names = {"within": effort.pop("within") / 100, "limit_s": effort.pop("limit"), "operations": effort.pop("ops")}
+        with Status() as status:
+            given = Effort(cooldown_s=effort.pop("cooldown"), **names, **effort)
+            outcome = run.measure(jobs, device, given, status.say, keep)
+    if as_json:
+        click.echo(to_json(outcome.records, run.pairs(outcome.records, outcome.ratios)), nl=False)
+    else:
+        _show(outcome)
+        if output is not None:
+            click.echo(f"wrote {output}")
+    if outcome.stopped is not None:
+        if isinstance(outcome.stopped, EdgeAttnError):
+            outcome.stopped.details = [*outcome.stopped.details, *_kept(outcome)]
+        raise outcome.stopped
+    if outcome.failed:
+        raise outcome.failed[0][1]
+
+
+def _kept(outcome: Outcome) -> list[str]:
+    return [f"kept: {record.label}, {record.latency.runs} runs" for record in outcome.records if record.latency]
+
+
+def _show(outcome: Outcome) -> None:
+    """Tables of times and of operations, and what must be known of them."""
+    from rich.markup import escape
+
+    from edgeattn.cli._show import console, table
+
+    out, records = console(), outcome.records
+    measured = [record for record in records if record.latency]
+    if measured:
+        columns = ("p50 ms", "95 % interval", "p90", "p99", "first", "load", "peak MB", "runs")
+        ratio = ("ratio",) if outcome.ratios else ()
+        rows = table("bundle", *columns, *ratio, right=(*columns, *ratio))
+        for record in measured:
+            found = record.latency
+            assert found is not None
+            cells = [f"{found.p50:.4g}", f"{found.low:.4g}-{found.high:.4g}", f"{found.p90:.4g}", f"{found.p99:.4g}"]
+            cells += [f"{values[0]:.4g}" if values else "-" for values in (found.first_ms, found.load_ms)]
+            cells += [f"{record.memory.peak_rss_mb:.0f}" if record.memory.peak_rss_mb else "-"]
+            cells += [f"{found.runs} in {len(found.blocks)}"]
+            if ratio:
+                of = outcome.ratios.get(record.id)
+                cells += [
+                    f"{of.value:.3f}x [{of.low:.3f}-{of.high:.3f}]" if of else "1" if record is measured[0] else ""
+                ]
+            rows.add_row(escape(record.label), *cells)
+        out.print(rows)
+        out.print()
+        if ratio:
+            words = f"ratio: of the medians, to {measured[0].label}, whose blocks took turns; with its 95 % interval"
+            out.print(words, markup=False, soft_wrap=True, style="dim")
+        for line in dict.fromkeys(_about(record) for record in measured):
+            out.print(line, markup=False, soft_wrap=True, style="dim")
+    for record in records:
+        _operations(out, record)
+    for record in measured:
+        for flag in (*record.flags, *((f"partial: {record.partial}",) if record.partial else ())):
+            out.print(f"[yellow]{escape(record.label)}: {escape(flag)}[/yellow]", soft_wrap=True)
+        if record.subject.weights == "random":
+            out.print(f"[yellow]{escape(record.label)}: the weights are random[/yellow]", soft_wrap=True)
+    for name, error in outcome.failed:
+        out.print(f"[red]{escape(name)}: not measured: {escape(error.what)}[/red]", soft_wrap=True)
+
+
+def _about(record: Record) -> str:
+    """Where and how it was measured."""
+    found, place = record.latency, record.place
+    assert found is not None
+    state = [s for s in record.states if s.when == "after"] or list(record.states[-1:])
+    words = [place.cpu or place.machine, place.gpu, place.runtime]
+    words += [f"threads {record.settings.threads}"] if record.settings.threads else []
+    if state:
+        words += [f"{state[-1].temperature_c:.0f} °C"] if state[-1].temperature_c is not None else []
+        words += [f"{state[-1].clock_mhz:.0f} MHz"] if state[-1].clock_mhz is not None else []
+    where = ", ".join(word for word in words if word)
+    clock = f"; the clock itself takes {found.clock_ms * 1e6:.0f} ns of each" if found.clock_ms else ""
+    return f"{where}; timed is {record.settings.timed}{clock}"
+
+
+def _operations(out: Console, record: Record) -> None:
+    """The slowest operations, by module; and what falls back."""
+    from rich.markup import escape
+
+    from edgeattn.cli._show import table
+
+    found = record.breakdown
+    if record.kind == "estimated":
+        roof = found.roofline
+        assert roof is not None
+        out.print(
+            f"[bold]{escape(record.label)} on {escape(record.place.device)}: uncalibrated estimate "
+            f"{found.estimate_ms:.4g} ms[/bold]"
+        )
+        out.print(
+            f"from {roof.tflops * 1e3:.4g} GFLOPS and {roof.gb_s:.4g} GB/s, {roof.source}: a bound, not a measurement",
+            style="dim",
+            soft_wrap=True,
+        )
+    if not found.operations:
+        return
+    measured = bool(found.source)
+    taken = sorted(found.operations, key=lambda op: -(op.ms or op.share or 0.0 if measured else op.estimate_ms or 0.0))
+    numbers = (
+        ("ms", "share", "MMAC", "kB", "GFLOP/s", "roofline") if measured else ("estimate ms", "MMAC", "kB", "bound")
+    )
+    rows = table("module", "operation", *numbers, right=numbers)
+    for op in taken[:SHOWN]:
+        size = [f"{op.macs / 1e6:.2f}" if op.macs else "-", f"{op.bytes / 1e3:.0f}" if op.bytes is not None else "-"]
+        if measured:
+            rate = f"{2e-6 * op.macs / op.ms:.1f}" if op.macs and op.ms else "-"
+            roof_share = f"{op.estimate_ms / op.ms:.0%} {op.bound}" if op.estimate_ms and op.ms else "-"
+            cells = [f"{op.ms:.4f}" if op.ms is not None else "-", f"{op.share or 0:.1%}", *size, rate, roof_share]
+        else:
+            cells = [f"{op.estimate_ms:.4g}" if op.estimate_ms is not None else "-", *size, op.bound]
+        rows.add_row(escape(op.module or op.name), escape(op.op), *cells)
+    out.print()
+    if measured:
+        out.print(f"[bold]{escape(record.label)}: slowest operations[/bold] of {len(taken)}", soft_wrap=True)
+    out.print(rows)
+    if not measured:
+        return
+    overhead = f"; their sum is {found.overhead:.2f}x the p50 measured without it" if found.overhead else ""
+    out.print(f"by {found.source}{overhead}", markup=False, style="dim", soft_wrap=True)
+    shares = [f"{u}: {v['ops']:.1f} % of operations, {v['time']:.1f} % of time" for u, v in found.fallback.items()]
+    fell = "; ".join(shares) if shares else "nothing"
+    out.print(f"off {found.wanted or 'the unit asked for'}: {fell}", markup=False, style="dim", soft_wrap=True)

@@ -17,7 +17,8 @@ from edgeattn.pipeline.context import Result
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished, Progress, run_plan
 from edgeattn.pipeline.stages.lower import artifact_of
-from edgeattn.targets.base import Runtime, own_feeds
+from edgeattn.targets.base import Runtime
+from edgeattn.targets.feeds import own_feeds
 
 #: Targets whose runtime on this machine is the one of the devices.
 _RUN_HERE = ("onnx", "tflite")

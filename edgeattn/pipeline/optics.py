@@ -21,7 +21,8 @@ from edgeattn.core.specs import batches
 from edgeattn.device import Effects
 from edgeattn.pipeline.stages.reference import check_logits, heldout_samples
 from edgeattn.recipe import Recipe, Resolved
-from edgeattn.targets.base import Artifact, own_feeds
+from edgeattn.targets.base import Artifact
+from edgeattn.targets.feeds import own_feeds
 from edgeattn.targets.optical.cost import Cost, cost, plans_of
 from edgeattn.targets.optical.lower import operations
 from edgeattn.targets.optical.program import Operation, OpticalProgram

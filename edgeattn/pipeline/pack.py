@@ -23,7 +23,8 @@ from edgeattn.pipeline.decoding.samples import golden as samples_of
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.run import Finished
 from edgeattn.pipeline.stages.lower import entries_of
-from edgeattn.targets.base import BGR, NHWC, Tensor, own_feeds
+from edgeattn.targets.base import BGR, NHWC, Tensor
+from edgeattn.targets.feeds import own_feeds
 
 #: Held-out samples up to this many bytes travel with a bundle, so that it can be scored on a device.
 LARGEST_SCORED = 8_000_000

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import NHWC, Step, Tensor, TraceValue, own_feeds
+from edgeattn.targets.base import NHWC, Step, Tensor, TraceValue
+from edgeattn.targets.feeds import own_feeds
 
 if TYPE_CHECKING:
     from edgeattn.targets.base import Runtime

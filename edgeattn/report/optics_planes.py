@@ -16,7 +16,7 @@ from edgeattn.core.numerics import Array
 from edgeattn.device import SIGNS, Effects
 from edgeattn.pipeline.optics import Opened
 from edgeattn.report.optics_image import ANGLE, LIGHT, SIGNED, SMALL, Box, Scale, View, of_sign, overview
-from edgeattn.targets.base import own_feeds
+from edgeattn.targets.feeds import own_feeds
 from edgeattn.targets.optical.convolve import fast_size, input_planes, kernel_plane, parts, wanted
 from edgeattn.targets.optical.physics import REFERENCE, Correlator
 from edgeattn.targets.optical.program import Operation

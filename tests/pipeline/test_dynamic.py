@@ -23,7 +23,8 @@ from edgeattn.pipeline.context import Context, Result
 from edgeattn.pipeline.export import make_job
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.stages.lower import entries_of
-from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor, check_feeds
+from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan, Tensor
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.null import NullTarget
 
 NET = """

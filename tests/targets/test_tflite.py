@@ -17,7 +17,8 @@ from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.core.numerics import compare
 from edgeattn.lint import Finding, gate
 from edgeattn.models.layers.rlmhsa import RLMHSA
-from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.base import Artifact, LowerPlan
+from edgeattn.targets.feeds import own_feeds
 from edgeattn.targets.tflite import TFLITE_RUNTIME, TFLiteTarget, flatbuffer, versions
 from edgeattn.targets.tflite.heads import without_transposes
 from edgeattn.targets.tflite.modules import _last, modules

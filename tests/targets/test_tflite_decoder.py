@@ -24,7 +24,8 @@ from edgeattn.models.layers.mla import AbsorbedAttention
 from edgeattn.models.plm import PLM, Layer, plm
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Keep
-from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.base import Artifact, LowerPlan
+from edgeattn.targets.feeds import own_feeds
 from edgeattn.targets.tflite import TFLiteTarget, flatbuffer, lower
 from edgeattn.targets.tflite.litert import interpreter
 from edgeattn.targets.tflite.lookups import lookups

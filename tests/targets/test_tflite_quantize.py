@@ -18,7 +18,8 @@ from edgeattn.core.numerics import Array, compare
 from edgeattn.models.layers.rlmhsa import RLMHSA
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Keep
-from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.base import Artifact, LowerPlan
+from edgeattn.targets.feeds import own_feeds
 from edgeattn.targets.tflite import TFLITE_RUNTIME, TFLiteTarget, flatbuffer
 from edgeattn.targets.tflite.floats import in_floats, unpack
 from edgeattn.targets.tflite.litert import interpreter

@@ -20,7 +20,8 @@ from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.decoding.samples import Text, golden
 from edgeattn.pipeline.diverge import first_divergence
 from edgeattn.pipeline.stages.lower import artifact_of
-from edgeattn.targets.base import Artifact, Runtime, own_feeds
+from edgeattn.targets.base import Artifact, Runtime
+from edgeattn.targets.feeds import own_feeds
 
 #: Largest ratio of the artifact's perplexity on the held-out text to the reference's.
 PERPLEXITY = {"fp32": 1.0005, "fp16": 1.005, "w8": 1.02, "w4": 1.10}

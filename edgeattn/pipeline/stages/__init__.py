@@ -120,7 +120,7 @@ def _bundle_config(job: Job) -> dict[str, Any]:
 
 def _target_code(job: Job) -> tuple[str, ...]:
     """A target's own folder; a third party's target is told apart by its tools' versions."""
-    return ("targets/base.py", *OWN_TARGETS.get(job.target, ()))
+    return ("targets/base.py", "targets/feeds.py", *OWN_TARGETS.get(job.target, ()))
 
 
 def _decoding_code(job: Job) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from edgeattn.core.specs import batches
 from edgeattn.pipeline.context import Context
 from edgeattn.pipeline.diverge import first_divergence, own_rounding
 from edgeattn.pipeline.stages.lower import artifact_of
-from edgeattn.targets.base import Runtime, Tensor, own_feeds
+from edgeattn.targets.base import Runtime, Tensor
+from edgeattn.targets.feeds import own_feeds
 
 #: How many held-out samples more or fewer than the reference an artifact may get right.
 SAMPLES_OFF = 1

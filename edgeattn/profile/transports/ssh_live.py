@@ -146,9 +146,13 @@ def held(ssh: Ssh, bundles: Sequence[Path], say: Say) -> Iterator[Start]:
             live.kill()
         with contextlib.suppress(DeviceUnreachable):
             link.wait(link.leave(), 4 * END_S)
-        # asyncssh's own tasks end with the link.
-        tasks = asyncio.all_tasks(link.loop)
-        for task in tasks:
-            task.cancel()
-        link.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        link.loop.run_until_complete(_ended())
         link.loop.close()
+
+
+async def _ended() -> None:
+    """asyncssh's own tasks end with the link."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,8 +11,9 @@ from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.core.specs import new_name
-from edgeattn.targets.base import BGR, Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import BGR, Artifact, Step, TraceValue, entry_of
 from edgeattn.targets.coreml.states import run_with, split
+from edgeattn.targets.feeds import check_feeds
 
 
 class CoreMLRuntime:

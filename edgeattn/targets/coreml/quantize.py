@@ -21,12 +21,13 @@ from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.quant.observe import Observer
 from edgeattn.quant.plan import QuantPlan
-from edgeattn.targets.base import LowerPlan, Tensor, own_feeds
+from edgeattn.targets.base import LowerPlan, Tensor
 from edgeattn.targets.coreml import PALETTE
 from edgeattn.targets.coreml.facts import operations
 from edgeattn.targets.coreml.mil.package import Package, open_package
 from edgeattn.targets.coreml.mil.program import Function
 from edgeattn.targets.coreml.mil.values import Weights, decode, type_of
+from edgeattn.targets.feeds import own_feeds
 
 with quiet():
     import coremltools.optimize.coreml as cto

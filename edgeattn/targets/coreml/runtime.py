@@ -10,12 +10,13 @@ import numpy as np
 from torch import Tensor as TorchTensor
 
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, ArtifactEntry, Step, Tensor, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, Step, Tensor, TraceValue, entry_of
 from edgeattn.targets.coreml.describe import PREFIX
 from edgeattn.targets.coreml.mil.features import Feature, features_of
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function, States
 from edgeattn.targets.coreml.states import run_with, split
+from edgeattn.targets.feeds import check_feeds
 
 
 class Opened:

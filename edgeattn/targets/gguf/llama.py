@@ -11,7 +11,8 @@ from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.core.quiet import quiet
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION
-from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, entry_of
+from edgeattn.targets.feeds import check_feeds
 
 #: ggml's number for float32.
 _F32 = 0

@@ -13,7 +13,8 @@ from edgeattn.core.numerics import Array
 from edgeattn.core.specs import IDS, LAST, LOGITS, POSITION
 from edgeattn.models.layers.mla import AbsorbedAttention, LatentAttention
 from edgeattn.models.plm import PLM, Layer, PLMConfig, reordered
-from edgeattn.targets.base import Artifact, ArtifactEntry, OneStep, Tensor, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, OneStep, Tensor, entry_of
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.gguf.file import open_gguf, read_gguf, sizes_of
 
 #: The entry of a file that was made elsewhere: all positions anew, as in the model's own forward.

@@ -18,9 +18,9 @@ from edgeattn.targets.base import (
     Runtime,
     Target,
     Tensor,
-    check_feeds,
     entry_of,
 )
+from edgeattn.targets.feeds import check_feeds
 
 if TYPE_CHECKING:
     from edgeattn.capture import Program

@@ -13,7 +13,8 @@ import onnxruntime as ort
 
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, entry_of
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.onnx_graph import files
 
 #: At most this many bytes of intermediate tensors are held by one traced run; more are fetched in several runs.

@@ -12,7 +12,8 @@ import torch
 
 from edgeattn.core.numerics import Array
 from edgeattn.device import Effects, Optics
-from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, entry_of
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.onnx_graph.execute import Tracer, graph_steps, make_session
 from edgeattn.targets.optical.convolve import Convolver, MaskStore
 from edgeattn.targets.optical.program import Operation, OpticalProgram, Turn

@@ -14,7 +14,8 @@ import numpy as np
 from edgeattn.core import tools
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, Step, TraceValue, entry_of
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.tensorrt import PACKAGES
 
 #: Seconds after which a run has gone wrong; the first one may build the engine.

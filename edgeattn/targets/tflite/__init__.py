@@ -24,6 +24,7 @@ class TFLiteTarget(Target):
     """Lowers with litert-torch, quantizes with ai-edge-quantizer, runs with LiteRT."""
 
     name: ClassVar[str] = "tflite"
+    unit = "xnnpack"
     runtime_tools: ClassVar[tuple[str, ...]] = (LITERT, "numpy")
     device_runtimes: ClassVar[tuple[str, ...]] = (LITERT, TFLITE_RUNTIME)
     layouts: ClassVar[tuple[str, ...]] = (NCHW, NHWC)

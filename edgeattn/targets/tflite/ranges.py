@@ -8,7 +8,8 @@ from typing import Any
 from edgeattn.core.errors import CheckFailed
 from edgeattn.core.numerics import Array
 from edgeattn.quant.observe import Observer
-from edgeattn.targets.base import Tensor, check_feeds, own_feeds
+from edgeattn.targets.base import Tensor
+from edgeattn.targets.feeds import check_feeds, own_feeds
 from edgeattn.targets.tflite import flatbuffer
 from edgeattn.targets.tflite.litert import interpreter
 

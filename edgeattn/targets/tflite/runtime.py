@@ -11,7 +11,8 @@ import numpy as np
 
 from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.core.numerics import Array
-from edgeattn.targets.base import Artifact, ArtifactEntry, Step, TraceValue, check_feeds, entry_of
+from edgeattn.targets.base import Artifact, ArtifactEntry, Step, TraceValue, entry_of
+from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.tflite.litert import interpreter
 from edgeattn.targets.tflite.steps import Steps
 

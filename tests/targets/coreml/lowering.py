@@ -13,10 +13,11 @@ from torch import nn
 from edgeattn.capture import Program, capture, run_eager
 from edgeattn.core.numerics import Array, Numerics, compare
 from edgeattn.recipe import Preprocess
-from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.base import Artifact, LowerPlan
 from edgeattn.targets.coreml import CoreMLTarget
 from edgeattn.targets.coreml.lower import convert, lower, prepare
 from edgeattn.targets.coreml.runtime import MilRuntime
+from edgeattn.targets.feeds import own_feeds
 
 METADATA = {"edgeattn": "0", "recipe": "test", "recipe_sha256": "0" * 64, "weights": "random"}
 

@@ -18,10 +18,11 @@ import edgeattn
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed
 from edgeattn.recipe import Preprocess
-from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor, own_feeds
+from edgeattn.targets.base import Artifact, ArtifactEntry, Tensor
 from edgeattn.targets.coreml import CoreMLTarget
 from edgeattn.targets.coreml.predict import CoreMLRuntime
 from edgeattn.targets.coreml.runtime import MilRuntime
+from edgeattn.targets.feeds import own_feeds
 from tests.bundle.coreml_stand_in import CONTEXT, ROWS, VOCABULARY, MLState, small_decoder
 from tests.targets.coreml.harness import ct
 from tests.targets.coreml.lowering import Lowered, lowered

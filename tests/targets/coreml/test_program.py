@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from edgeattn.core.errors import UsageError
 from edgeattn.recipe import Preprocess
-from edgeattn.targets.base import own_feeds
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.program import Function
 from edgeattn.targets.coreml.runtime import MilRuntime, adopt
+from edgeattn.targets.feeds import own_feeds
 from tests.targets.coreml.harness import ct, mb, save
 from tests.targets.coreml.lowering import lowered
 

@@ -21,13 +21,14 @@ from edgeattn.core.errors import CheckFailed, EdgeAttnError, ToolchainMissing, U
 from edgeattn.core.numerics import Array, compare
 from edgeattn.quant.plan import QuantPlan
 from edgeattn.recipe import Keep, Preprocess
-from edgeattn.targets.base import Artifact, LowerPlan, own_feeds
+from edgeattn.targets.base import Artifact, LowerPlan
 from edgeattn.targets.coreml import CoreMLTarget
 from edgeattn.targets.coreml.facts import operations
 from edgeattn.targets.coreml.lower import lower
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.mil.values import DTYPES
 from edgeattn.targets.coreml.runtime import MilRuntime
+from edgeattn.targets.feeds import own_feeds
 from tests.targets.coreml.lowering import METADATA, captured
 
 WEIGHTED = ("conv", "conv_transpose", "linear", "matmul", "gather")
