@@ -164,7 +164,7 @@ class Mixed(nn.Module):
         x = F.relu(self.wide(self.depth(F.relu(self.first(x)))))
         tokens = x.flatten(2).transpose(1, 2)
         keys = self.key(tokens)
-        scores: Tensor = (F.relu(keys) @ keys.transpose(1, 2)).softmax(-1)
+        scores: Tensor = (torch.sigmoid(keys) @ keys.transpose(1, 2)).softmax(-1)
         return self.head((scores @ keys).mean(1))
 
 

@@ -22,6 +22,8 @@ _TAKES = ("gather", "gather_along_axis", "gather_nd", "slice_by_index", "slice_b
 _PUTS = ("slice_update",)
 _SMALL = ("int8", "uint8", "int4", "uint4")
 _FLOATS = ("fp32", "fp16")
+#: Types of constants that say how to compute, as strides and axes do: no weights.
+_PARAMETERS = ("bool", "int32", "string")
 
 
 def operations(artifact: Artifact, entry: str) -> list[OpCost]:
@@ -75,7 +77,8 @@ class _Table:
         for name in names:
             self._readers.setdefault(name, []).append(item)
         if item.type == "const":
-            self._stored[item.outputs[0].name] = _bytes(*_typed(item.outputs[0].type))
+            dtype, shape = _typed(item.outputs[0].type)
+            self._stored[item.outputs[0].name] = 0 if dtype in _PARAMETERS else _bytes(dtype, shape)
         elif arguments and all(name in self._stored for name in names):
             held = sum(_bytes(*_typed(a.value.type)) for a in arguments if not _named(a))
             held += sum(_bytes(*_typed(value.type)) for key, value in item.attributes.items() if key != "name")

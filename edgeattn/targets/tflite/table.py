@@ -9,7 +9,7 @@ from typing import Any
 from edgeattn.core.errors import UsageError
 from edgeattn.targets.base import Artifact, OpCost, entry_of
 from edgeattn.targets.tflite import flatbuffer
-from edgeattn.targets.tflite.modules import modules
+from edgeattn.targets.tflite.modules import module_of_weights, modules
 
 #: They give what they are given, in another shape.
 VIEWS = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS", "SHAPE", "RANK")
@@ -88,6 +88,9 @@ class Table:
         name = f"[{', '.join(map(self._name, made))}]:{index}"
         rest = (tuple(map(self._name, data)), tuple(map(self._name, made)))
         module, dtype = self._paths[made[0]] if made else "", self._dtype(kind, places, made)
+        operands = _operands(kind, places)
+        if operands and operands[1] in self._stored:
+            module = module_of_weights(self._graph, operator, module)  # and not of what was fused with it
         weights = sum(self._stored[number] for number in given if number in self._stored)
         if given and not data:  # known before anything runs
             self._stored.update(dict.fromkeys(made, weights))
