@@ -129,6 +129,7 @@ def record(median: float | None = 5.0, seed: int = 0, **given: Any) -> Record:
         "parameters": 6_100_000,
         "macs": 720_000_000,
     }
+    created = given.pop("created", "2026-11-25T09:30:00Z")  # of the record: a bundle has one, too
     device = given.pop("device", "raspberry-pi-5")
     place: dict[str, Any] = {
         "device": device,
@@ -166,7 +167,7 @@ def record(median: float | None = 5.0, seed: int = 0, **given: Any) -> Record:
     given.setdefault("kind", "measured" if median else "estimated")
     given.setdefault("memory", Memory(peak_rss_mb=80 + subject["size_mb"] * 2.2) if median else Memory())
     found = Record(
-        created=given.pop("created", "2026-11-25T09:30:00Z"),
+        created=created,
         edgeattn="0.1.0",
         commit="72a6113",
         subject=Subject(**subject),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeattn.profile.record import Latency, Record
+from edgeattn.profile.record import Latency, Operation, Record
 from edgeattn.report.records.tables import numerics_table
 from edgeattn.report.records.words import ESTIMATE, error, fallback, lower_is_better, middle, number, p50, plain, score
 
@@ -79,21 +79,7 @@ def detail(record: Record, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "bundle": plain(record.subject.bundle),
-        "operations": [
-            {
-                "name": plain(op.name),
-                "module": plain(op.module),
-                "op": plain(op.op),
-                "unit": plain(op.unit),
-                "ms": short(op.ms),
-                "share": short(op.share),
-                "macs": op.macs,
-                "bytes": op.bytes,
-                "estimate": short(op.estimate_ms),
-                "bound": op.bound,
-            }
-            for op in breakdown.operations
-        ],
+        "operations": {"fields": _FIELDS, "rows": [_operation(op) for op in breakdown.operations]},
         "operations_words": _operations_words(record),
         "roofline": {"gflops": roof.tflops * 1e3, "gb_s": roof.gb_s, "source": plain(roof.source)} if roof else None,
         "quantized": _quantized(record),
@@ -107,6 +93,15 @@ def detail(record: Record, name: str) -> dict[str, Any]:
         ],
         "numerics": numerics.as_dict() if numerics else None,
     }
+
+
+#: Of an operation, in the order of ``_operation``.
+_FIELDS = ("name", "module", "op", "unit", "ms", "share", "macs", "bytes", "estimate", "bound")
+
+
+def _operation(op: Operation) -> tuple[Any, ...]:
+    figures = (short(op.ms), short(op.share), op.macs, op.bytes, short(op.estimate_ms))
+    return (*map(plain, (op.name, op.module, op.op, op.unit)), *figures, op.bound)
 
 
 def _operations_words(record: Record) -> str:

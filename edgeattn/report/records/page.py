@@ -129,5 +129,6 @@ def render(page: Page) -> str:
         css=Markup(_file("page.css")),
         data=Markup(block(page.data)),
         details=[Markup(block(detail)) for detail in page.details],
-        scripts=[Markup(script) for script in scripts],
+        plotly=Markup(scripts[0]),
+        script=Markup(scripts[1]),
     )

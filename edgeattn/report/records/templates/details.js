@@ -197,7 +197,7 @@ function overlay(state, choice) {
 }
 
 function changes(state) {
-  const found = (state.one.changes || []).slice(0, MODULES);
+  const found = (state.one.changes || []).filter((item) => item.change !== 0).slice(0, MODULES);
   if (!found.length) return null;
   const labels = found.map((item) => moduleTick(item.module));
   const words = (item) => `${esc(item.module)}<br>${known(item.a) ? digits(item.a) : "–"} → ${known(item.b) ? digits(item.b) : "–"} ms`;

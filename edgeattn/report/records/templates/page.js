@@ -15,8 +15,17 @@ const watcher = new IntersectionObserver(
   (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
   { rootMargin: "400px 0px" });
 
+// Plotly takes a second to start on a phone: the tables are there before it.
+function startPlotly() {
+  if (window.Plotly) return;
+  const script = document.createElement("script");
+  script.textContent = document.getElementById("plotly").textContent;
+  document.head.append(script);
+}
+
 function draw(place) {
   watcher.unobserve(place);
+  startPlotly();
   const choice = place.closest("section").querySelector(".choice");
   const figure = charts[place.dataset.chart](state, choice ? choice.value : "");
   const none = place.nextElementSibling;
@@ -24,7 +33,7 @@ function draw(place) {
   place.hidden = !figure;
   none.hidden = Boolean(figure);
   if (!figure) {
-    none.textContent = "Nothing of this was recorded here.";
+    none.textContent = "There is nothing of this here.";
     return;
   }
   const layout = themed(figure.layout);
@@ -142,10 +151,12 @@ if (filter) {
 
 function show(index) {
   state.one = stored(`detail-${index}`);
-  find(".one .chart").forEach(later);
+  const { fields, rows } = state.one.operations || { fields: [], rows: [] };
+  state.one.operations = rows.map((row) => Object.fromEntries(fields.map((field, i) => [field, row[i]])));
+  if (root.dataset.ready) find(".one .chart").forEach(later);
   find(".made").forEach((place) => {
     const table = tables[place.dataset.table](state.one);
-    place.replaceChildren(table ? build(table) : element("p", "Nothing of this was recorded here.", "none"));
+    place.replaceChildren(table ? build(table) : element("p", "There is nothing of this here.", "none"));
   });
   find("[data-words]").forEach((place) => { place.textContent = state.one[place.dataset.words] || ""; });
 }
@@ -154,6 +165,8 @@ find(".choice").forEach((choice) =>
   choice.addEventListener("change", () => find(".chart", choice.closest("section")).forEach(later)));
 
 nameTheme();
-find("section:not(.one) .chart").forEach(later);
 if (pick) show(pick.value);
-root.dataset.ready = "yes";
+root.dataset.ready = Math.round(performance.now()); // ms until the tables can be used
+const begin = () => setTimeout(() => find(".chart").forEach(later), 30); // after the first picture of the page
+if (document.readyState === "complete") begin();
+else window.addEventListener("load", begin);
