@@ -229,8 +229,8 @@ def _onnx_operations(part: Data, entry: str, threads: int, feeds: Data) -> Data:
             name = event["name"][: -len("_kernel_time")]
             row = found.setdefault(name, [name, about.get("op_name", ""), about.get("provider", ""), []])
             row[3].append(event["dur"] / 1e3)
-    # The first run allocates; of one operation in a loop or branch there are several a run.
-    rows = [[*row[:3], sum(times[len(times) // runs :]) / max(1, runs - 1)] for *row, times in found.values()]
+    # Of an operation in a loop there are several a run; one in a branch need not be in each.
+    rows = [[*row[:3], sorted(times)[len(times) // 2] * max(1, len(times) // runs)] for *row, times in found.values()]
     return {"operations": rows, "operations_by": f"ONNX Runtime's profiler, {runs} runs"}
 
 

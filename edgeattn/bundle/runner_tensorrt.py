@@ -371,6 +371,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
         far = f"{golden['worst_relative_l2']} on {golden['worst_at']}, allowed {manifest['tolerance']:g}"
         raise run.Problem(1, f"refused: the golden outputs come out wrong: relative L2 {far}", run.advice(part))
     cuda, entry = cuda_driver.driver(), options.entry
+    if options.threads:
+        raise run.Problem(2, "TensorRT computes on the GPU, not in threads of the CPU", "leave --threads away")
     timing, state = run.own("profile"), run.own("state").machine_state
     before, free = state(gpu=True), cuda.free_memory()
     feeds = timing.feeds_of(manifest, part, options)

@@ -145,14 +145,15 @@ def _show(outcome: Outcome) -> None:
     out, records = console(), outcome.records
     measured = [record for record in records if record.latency]
     if measured:
-        columns = ("p50 ms", "95 % interval", "p90", "p99", "first", "load", "peak MB", "runs")
+        columns = ("p50 ms", "+-", "p90", "p99", "first", "load", "peak MB", "runs")
         ratio = ("ratio",) if outcome.ratios else ()
         rows = table("bundle", *columns, *ratio, right=(*columns, *ratio))
         for record in measured:
             found = record.latency
             assert found is not None
-            cells = [f"{found.p50:.4g}", f"{found.low:.4g}-{found.high:.4g}", f"{found.p90:.4g}", f"{found.p99:.4g}"]
-            cells += [f"{values[0]:.4g}" if values else "-" for values in (found.first_ms, found.load_ms)]
+            half = max(found.high - found.p50, found.p50 - found.low) / found.p50
+            cells = [f"{found.p50:.4g}", f"{half:.1%}", f"{found.p90:.4g}", f"{found.p99:.4g}"]
+            cells += [f"{values[0]:.3g}" if values else "-" for values in (found.first_ms, found.load_ms)]
             cells += [f"{record.memory.peak_rss_mb:.0f}" if record.memory.peak_rss_mb else "-"]
             cells += [f"{found.runs} in {len(found.blocks)}"]
             if ratio:
@@ -166,8 +167,18 @@ def _show(outcome: Outcome) -> None:
         if ratio:
             words = f"ratio: of the medians, to {measured[0].label}, whose blocks took turns; with its 95 % interval"
             out.print(words, markup=False, soft_wrap=True, style="dim")
-        for line in dict.fromkeys(_about(record) for record in measured):
+        for line in dict.fromkeys(line for record in measured for line in _about(record)):
             out.print(line, markup=False, soft_wrap=True, style="dim")
+        clock, least = (
+            max(r.latency.clock_ms for r in measured if r.latency),
+            min(r.latency.p50 for r in measured if r.latency),
+        )
+        out.print(
+            f"+-: 95 % interval of the median; timing an empty run takes {clock * 1e6:.0f} ns, "
+            f"{clock / least:.2%} of the shortest p50",
+            style="dim",
+            soft_wrap=True,
+        )
     for record in records:
         _operations(out, record)
     for record in measured:
@@ -179,19 +190,16 @@ def _show(outcome: Outcome) -> None:
         out.print(f"[red]{escape(name)}: not measured: {escape(error.what)}[/red]", soft_wrap=True)
 
 
-def _about(record: Record) -> str:
+def _about(record: Record) -> list[str]:
     """Where and how it was measured."""
-    found, place = record.latency, record.place
-    assert found is not None
+    place = record.place
     state = [s for s in record.states if s.when == "after"] or list(record.states[-1:])
     words = [place.cpu or place.machine, place.gpu, place.runtime]
     words += [f"threads {record.settings.threads}"] if record.settings.threads else []
     if state:
         words += [f"{state[-1].temperature_c:.0f} °C"] if state[-1].temperature_c is not None else []
         words += [f"{state[-1].clock_mhz:.0f} MHz"] if state[-1].clock_mhz is not None else []
-    where = ", ".join(word for word in words if word)
-    clock = f"; the clock itself takes {found.clock_ms * 1e6:.0f} ns of each" if found.clock_ms else ""
-    return f"{where}; timed is {record.settings.timed}{clock}"
+    return [", ".join(word for word in words if word), f"timed: {record.settings.timed}"]
 
 
 def _operations(out: Console, record: Record) -> None:

@@ -26,8 +26,8 @@ def test_a_bundle_verifies(tiny):
     verified = bundle.verify()
     assert verified.files == 8
     assert sorted(bundle.manifest.files) == [
-        "README.md", "golden/main-000.npz", "golden/main-001.npz", "model.onnx", "run.py", "run_inputs.py", "run_profile.py",
-        "run_state.py",
+        "README.md", "golden/main-000.npz", "golden/main-001.npz", "model.onnx", "run.py", "run_inputs.py",
+        "run_profile.py", "run_state.py",
     ]  # fmt: skip
     assert verified.worst.relative_l2 == 0.0
     assert sorted(verified.numerics) == ["golden/main-000.npz", "golden/main-001.npz"]
