@@ -6,8 +6,10 @@ do with a graph is taken from how they are built:
 
 - Activations, additions and factors that follow a convolution or a matrix product are part of it: its result is still
   in registers. Such an operation takes no call, and of an addition the other summand alone is read.
-- Views and storage in integers between two operations cost nothing.
-- ``GROUPED`` and ``CURVED`` are choices of ours, round numbers that follow from what the kernels have to do.
+- A factor that is a curve of the other one (x * sigmoid(x)) is computed along with it.
+- Convolutions whose groups have few output channels multiply an unfolded copy of their data, which is written and read.
+- Storage in integers between two operations costs nothing, a view no more than a call on a CPU and nothing elsewhere.
+- ``DEPTHWISE``, ``FEW`` and ``CURVED`` are choices of ours, numbers that follow from what the kernels have to do.
 
 It ranks models and operations; a single figure can be off by a factor of two or more.
 """
@@ -28,11 +30,10 @@ from edgeattn.core.errors import UsageError
 from edgeattn.device import Device
 from edgeattn.targets.base import OpCost
 
-#: Share of the peak that products of few channels reach, see ``FEW``. A depthwise kernel uses each number that it loads
-#: for one output channel alone, so it loads data and weights for every step: two loads a step halve the rate, and what
-#: it does at borders and between rows halves it again.
-GROUPED = 0.25
-#: Channels of a group below which a product counts as a grouped one: they do not fill a vector of 16 numbers.
+#: Share of the peak that a depthwise convolution can reach: a number of the data goes into one output channel alone, so
+#: each multiply-add has its data and its weights to load, and cores load two vectors in the time of two multiply-adds.
+DEPTHWISE = 0.5
+#: Output channels of a group below which they do not fill a vector of 16 numbers.
 FEW = 16
 #: Arithmetic operations for an element of a function without an instruction of its own: an exponential or an error
 #: function is a polynomial of about ten terms, of two operations each, and its range has to be reduced before.
@@ -47,6 +48,8 @@ _CURVES = (
     *("gelu", "quickgelu", "erf", "exp", "log", "sin", "cos", "pow", "sigmoid", "logistic", "silu", "swish", "mish"),
     *("tanh", "elu", "selu", "celu", "softplus", "softmax", "logsoftmax"),
 )
+#: Pairs of them stand for integers that a tensor is stored in.
+_STORAGE = ("quantizelinear", "dequantizelinear", "quantize", "dequantize")
 _WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2, "w8a8": 1, "fp8": 1}
 #: What computes a type that the roof has no peak for, the nearest first.
 _INSTEAD = {"w8a8": ("fp16", "fp32"), "fp8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp16", "fp32")}
@@ -64,13 +67,14 @@ class Roof:
 
     Attributes:
         tflops: arithmetic per second in 1e12 operations (two for a multiply-accumulate), by ``OpCost.dtype``.
-        gb_s: bandwidth of its memory. call_ms: what calling an operation costs.
+        gb_s: bandwidth of its memory. call_ms, view_ms: what calling an operation costs, and a view.
         source: where the peaks and the bandwidth are from, such as "documented" or "computed, measured".
     """
 
     tflops: Mapping[str, float]
     gb_s: float
     call_ms: float = CALL_MS["cpu"]
+    view_ms: float = 0.0
     source: str = "documented"
 
     def peak(self, dtype: str) -> float:
@@ -101,9 +105,11 @@ def estimate(operations: Sequence[OpCost], roof: Roof) -> list[Estimate]:
 
 def _one(operation: OpCost, roof: Roof, joined: int | None) -> Estimate:
     """Of one operation; ``joined`` are the bytes that it moves as a part of another."""
-    moved = operation.bytes if joined is None else joined
+    moved = operation.bytes + unfolded(operation) if joined is None else joined
     if not moved and not operation.macs:
-        return Estimate(0.0, "")
+        # Without inputs it is known before anything runs.
+        view = joined is None and operation.inputs and _kind(operation) not in _STORAGE and roof.view_ms
+        return Estimate(roof.view_ms, "call") if view else Estimate(0.0, "")
     compute = flops(operation) / (roof.peak(operation.dtype) * 1e9 * efficiency(operation)) if joined is None else 0.0
     memory = moved / (roof.gb_s * 1e6)
     call = roof.call_ms if joined is None else 0.0
@@ -120,8 +126,23 @@ def flops(operation: OpCost) -> float:
 
 
 def efficiency(operation: OpCost) -> float:
-    """Share of the peak that an operation's kind can reach: ``GROUPED`` of convolutions of few channels, else 1."""
-    return GROUPED if operation.macs and "conv" in _kind(operation) and operation.channels < FEW else 1.0
+    """Share of the peak that an operation's kind can reach: ``DEPTHWISE`` of such convolutions, else 1."""
+    return DEPTHWISE if _narrow(operation) and operation.channels == 1 else 1.0
+
+
+def unfolded(operation: OpCost) -> int:
+    """Bytes of the copy that a convolution of few output channels a group makes of its data, written and read.
+
+    It has an element for each multiply-accumulate of one output channel. Depthwise ones have kernels without it, and
+    a 1x1 kernel multiplies the data as they are.
+    """
+    if not _narrow(operation) or operation.channels == 1 or operation.taps == 1:
+        return 0
+    return 2 * _WIDTH.get(operation.dtype, 4) * operation.macs // operation.fan
+
+
+def _narrow(operation: OpCost) -> bool:
+    return operation.macs > 0 and "conv" in _kind(operation) and 0 < operation.fan < FEW
 
 
 def _kind(operation: OpCost) -> str:
@@ -140,17 +161,23 @@ def _joined(operations: Sequence[OpCost]) -> dict[int, int]:
         for name in read:
             readers[name] = readers.get(name, 0) + 1
     found: dict[int, int] = {}
+    curves: dict[str, str] = {}  # what a curve's result is a curve of
     open_ends: dict[str, int] = {}  # bytes of results of products, and of what became part of one
     for index, operation in enumerate(operations):
         kind, given = _kind(operation), [same.get(name, name) for name in operation.inputs]
         ends = [name for name in dict.fromkeys(given) if name in open_ends and readers.get(name) == 1]
         fits = kind in _ACTIVATIONS or (kind in _FACTORS and len(given) == 1) or kind in _SUMS
-        if operation.bytes and ends and fits and not operation.macs:
+        curved = [name for name in given if name in curves and readers.get(name) == 1 and curves[name] in given]
+        if operation.bytes and curved and kind in _FACTORS:
+            found[index] = 0
+        elif operation.bytes and ends and fits and not operation.macs:
             end = ends[-1]  # of a sum of two products the later one is still in registers
             other = [name for name in dict.fromkeys(given) if name != end]
             found[index] = max(operation.bytes_in - open_ends[end], 0) if other else 0
-        if len(operation.outputs) == 1 and (operation.macs or index in found):
+        if len(operation.outputs) == 1 and (operation.macs or (index in found and not curved)):
             open_ends[operation.outputs[0]] = operation.bytes_out
+        if kind in _CURVES and len(given) == len(operation.outputs) == 1:
+            curves[operation.outputs[0]] = given[0]
     return found
 
 
@@ -187,7 +214,8 @@ def roof_of(device: Device, precision: str, threads: int = 0) -> Roof:
     share = min(threads / device.cores, 1.0) if unit == "cpu" and threads and device.cores else 1.0
     kinds = dict.fromkeys((device.peak_kind or "documented", device.bandwidth_kind or "documented"))
     peaks = {name: peak * share for name, peak in device.peak.items()}
-    return Roof(peaks, device.bandwidth_gb_s, CALL_MS[unit], ", ".join(kinds))
+    view_ms = CALL_MS[unit] if unit == "cpu" else 0.0
+    return Roof(peaks, device.bandwidth_gb_s, CALL_MS[unit], view_ms, ", ".join(kinds))
 
 
 def _here(threads: int) -> Roof:
@@ -206,7 +234,8 @@ def _here(threads: int) -> Roof:
     fp32 = threads * clock * a_clock / 1e3
     times = next((number for name, number in _EIGHT_BITS.items() if name in has), 1)
     half = 2.0 if "asimdhp" in has else 1.0
-    return Roof({"fp32": fp32, "fp16": fp32 * half, "w8a8": fp32 * times}, copied_gb_s(), source="computed, measured")
+    peaks = {"fp32": fp32, "fp16": fp32 * half, "w8a8": fp32 * times}
+    return Roof(peaks, copied_gb_s(), view_ms=CALL_MS["cpu"], source="computed, measured")
 
 
 def clock_ghz(root: Path = Path("/")) -> float | None:

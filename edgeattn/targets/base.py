@@ -206,6 +206,9 @@ class OpCost:
             integers that stand for no floats.
         channels: numbers of each place that a result is summed over: of a convolution the input channels of its group,
             so that 1 is a depthwise one, of a matrix product its inner length. 0 where nothing is multiplied.
+        fan: results that a number of the data goes into at each place: of a convolution the output channels of its
+            group, of a matrix product its columns. 0 where nothing is multiplied, or where that has no meaning.
+        taps: places of a convolution's kernel.
         inputs, outputs: names of the tensors that it reads, constants aside, and gives.
     """
 
@@ -218,6 +221,8 @@ class OpCost:
     bytes_out: int
     dtype: str
     channels: int = 0
+    fan: int = 0
+    taps: int = 1
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 

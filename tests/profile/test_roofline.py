@@ -13,7 +13,7 @@ from edgeattn import device
 from edgeattn.core import tools
 from edgeattn.core.errors import UsageError
 from edgeattn.profile import roofline
-from edgeattn.profile.roofline import CALL_MS, GROUPED, Roof, clock_ghz, copied_gb_s, estimate, roof_of
+from edgeattn.profile.roofline import CALL_MS, DEPTHWISE, Roof, clock_ghz, copied_gb_s, estimate, roof_of
 from edgeattn.targets.base import OpCost
 
 #: 1e9 operations, or 1e7 bytes, in a millisecond.
@@ -22,8 +22,8 @@ ROOF = Roof({"fp32": 1.0, "w8a8": 4.0}, 10.0, call_ms=0.01)
 
 def op(kind: str = "Conv", macs: int = 0, **fields: object) -> OpCost:
     """An operation that reads x and gives y."""
-    channels = 64 if macs else 0
-    return replace(OpCost(kind, "", kind, macs, 0, 0, 0, "fp32", channels, ("x",), ("y",)), **fields)  # type: ignore[arg-type]
+    wide = 64 if macs else 0
+    return replace(OpCost(kind, "", kind, macs, 0, 0, 0, "fp32", wide, wide, 9, ("x",), ("y",)), **fields)  # type: ignore[arg-type]
 
 
 def one(operation: OpCost, roof: Roof = ROOF) -> tuple[float, str]:
@@ -39,14 +39,22 @@ def test_bounds_by_hand() -> None:
     )
     assert one(op(macs=5, bytes_in=5)) == (0.0100005, "call")
     assert one(op("Reshape")) == (0.0, "")
+    cpu = replace(ROOF, view_ms=0.002)
+    assert one(op("Reshape"), cpu) == (0.002, "call")
+    for free in (op("Reshape", inputs=()), op("QuantizeLinear"), op("dequantize")):
+        assert one(free, cpu) == (0.0, "")
 
 
-def test_narrow_types_and_few_channels() -> None:
+def test_types_kernels_and_curves() -> None:
     assert one(op(macs=500_000_000, dtype="w8a8")) == (0.26, "compute")
     assert one(op(macs=500_000_000, dtype="fp16")) == (1.01, "compute")  # computed in fp32 where there is no peak
-    assert one(op(macs=500_000_000, channels=1)) == (1 / GROUPED + 0.01, "compute")
-    assert one(op("MatMul", macs=500_000_000, channels=1)) == (1.01, "compute")
-    assert one(op("DEPTHWISE_CONV_2D", macs=500_000_000, channels=1))[1] == "compute"
+    for kind in ("Conv", "DEPTHWISE_CONV_2D", "conv"):
+        assert one(op(kind, macs=500_000_000, channels=1, fan=1)) == (1 / DEPTHWISE + 0.01, "compute")
+    assert one(op(macs=500_000_000, channels=3)) == (1.01, "compute")  # a stem: few channels in, many out
+    assert one(op("MatMul", macs=500_000_000, channels=1, fan=1)) == (1.01, "compute")
+    narrow = op(macs=8_000_000, channels=8, fan=8, bytes_in=1_000_000)  # the copy has 1e6 floats
+    assert one(narrow) == (0.91, "memory")
+    assert one(replace(narrow, taps=1)) == (0.11, "memory")
     curved = op("Gelu", bytes_in=4_000_000, bytes_out=4_000_000)
     assert one(curved, Roof({"fp32": 0.001}, 1e6, 0.0))[0] == 1e6 * roofline.CURVED / 1e6
 
@@ -66,6 +74,10 @@ def test_what_follows_a_product_is_part_of_it() -> None:
     found = estimate(graph, ROOF)
     assert [f.ms for f in found] == pytest.approx([0.21, 0.0, 0.0, 0.1, 0.21, 0.21])
     assert [f.bound for f in found] == ["memory", "", "", "memory", "memory", "memory"]
+    curve = op("Sigmoid", inputs=("x",), outputs=("s",), **wide)
+    product = op("Mul", inputs=("x", "s"), outputs=("y",), bytes_in=2 * size, bytes_out=size)
+    assert [f.ms for f in estimate([curve, product], ROOF)] == pytest.approx([0.21, 0.0])
+    assert estimate([curve, replace(product, inputs=("z", "s"))], ROOF)[1].ms == pytest.approx(0.31)
     # What another reads as well has to be stored, and a factor that is computed has to be read.
     shared = [conv, op("Relu", inputs=("a",), **wide), op("Sigmoid", inputs=("a",), **wide)]
     assert all(f.ms > 0.2 for f in estimate(shared, ROOF))
@@ -77,8 +89,11 @@ def test_what_follows_a_product_is_part_of_it() -> None:
 
 SIZES = st.integers(0, 10**10)
 OPERATIONS = st.builds(
-    lambda kind, macs, read, weights, made, channels, dtype: op(
-        kind, macs, bytes_in=read, bytes_weights=weights, bytes_out=made, channels=channels, dtype=dtype
+    lambda kind, macs, read, weights, made, channels, fan, taps, dtype: replace(
+        op(kind, macs, bytes_in=read, bytes_weights=weights, bytes_out=made, dtype=dtype),
+        channels=channels,
+        fan=fan,
+        taps=taps,
     ),
     st.sampled_from(["Conv", "CONV_2D", "linear", "Relu", "Softmax", "Add", "Gather"]),
     SIZES,
@@ -86,6 +101,8 @@ OPERATIONS = st.builds(
     SIZES,
     SIZES,
     st.integers(1, 512),
+    st.integers(0, 64),
+    st.sampled_from([1, 9]),
     st.sampled_from(["fp32", "w8a8", "fp16", "int"]),
 )
 ROOFS = st.builds(lambda peak, speed: Roof({"fp32": peak}, speed), st.floats(1e-3, 1e3), st.floats(1.0, 1e4))
@@ -121,6 +138,7 @@ def test_roofs_of_documented_devices() -> None:
     assert single.tflops["fp32"] == pytest.approx(board.peak["fp32"] / 4)
     assert single.gb_s == four.gb_s == board.bandwidth_gb_s
     gpu = roof_of(device.resolve("jetson-orin-nano"), "w4", threads=1)
+    assert (single.call_ms, single.view_ms, gpu.view_ms) == (CALL_MS["cpu"], CALL_MS["cpu"], 0.0)
     assert (gpu.tflops["fp16"], gpu.call_ms, gpu.source) == (17.0, CALL_MS["gpu"], "documented")
     assert gpu.peak("bf16") == gpu.tflops["fp16"]
     assert Roof({"fp16": 15.0}, 30.0).peak("fp32") == 15.0

@@ -127,7 +127,7 @@ class _Table:
         module, rest = self._modules.get(made[0], ""), (tuple(data), tuple(made))
         dtype = self._dtype(item, data)
         if item.type in (*VIEWS, _TO, _FROM) or made[0] in self._stored:
-            return OpCost(made[0], module, item.type, 0, 0, 0, 0, dtype, 0, *rest)
+            return OpCost(made[0], module, item.type, 0, 0, 0, 0, dtype, 0, 0, 1, *rest)
         weights = sum(self._stored[name] for name in given if name in self._stored)
         read, written = sum(map(self._bytes, data)), sum(map(self._bytes, made))
         if item.type in _TAKES:
@@ -137,8 +137,8 @@ class _Table:
             read, weights = (0, taken) if source in self._stored else (taken, 0)
         elif item.type in _PUTS:
             read = written = self._bytes(item.inputs["update"].arguments[0].name)
-        macs, channels = self._macs(item)
-        return OpCost(made[0], module, item.type, macs, read, weights, written, dtype, channels, *rest)
+        macs, channels, fan, taps = self._macs(item)
+        return OpCost(made[0], module, item.type, macs, read, weights, written, dtype, channels, fan, taps, *rest)
 
     def _dtype(self, item: Any, data: Sequence[str]) -> str:
         """See ``OpCost.dtype``; 8-bit weights with a scale that meet data of a pair around are multiplied as they are.
@@ -168,35 +168,35 @@ class _Table:
                 self._types[names[-1]] = _typed(value.type)
         return names
 
-    def _macs(self, item: Any) -> tuple[int, int]:
-        """Multiply-accumulates, and the channels that each result is summed over; shapes are MIL's.
+    def _macs(self, item: Any) -> tuple[int, int, int, int]:
+        """``macs``, ``channels``, ``fan`` and ``taps``, see ``OpCost``; shapes are MIL's.
 
         Weights of conv are (Co, Ci / groups, k...), of conv_transpose (Ci, Co / groups, k...), of linear (Co, Ci).
         """
-        out = math.prod(self._types[item.outputs[0].name][1])
-        kind, weight = item.type, self._shape(item, "weight")
-        if kind in ("conv", "conv_quantized", "linear"):
-            return out * math.prod(weight[1:]), weight[1] if len(weight) > 1 else 1
-        if kind == "conv_transpose":
-            groups = int(self._constant(item, "groups", 1))
-            return math.prod(self._shape(item, "x")) * math.prod(weight[1:]), weight[0] // max(groups, 1)
+        made = self._types[item.outputs[0].name][1]
+        kind, weight, out = item.type, self._shape(item, "weight"), math.prod(made)
+        groups, taps = max(int(self._constant(item, "groups", 1)), 1), math.prod(weight[2:])
+        if kind in ("conv", "conv_quantized", "linear") and len(weight) > 1:
+            return out * math.prod(weight[1:]), weight[1], weight[0] // groups, taps
+        if kind == "conv_transpose" and len(weight) > 1:
+            return math.prod(self._shape(item, "x")) * math.prod(weight[1:]), weight[0] // groups, weight[1], taps
         if kind == "matmul":
             data = self._shape(item, "x")
             inner = data[-2 if len(data) > 1 and self._constant(item, "transpose_x", False) else -1] if data else 1
-            return out * inner, inner
+            return out * inner, inner, made[-1] if made else 1, 1
         if kind == "scaled_dot_product_attention":
             query, key, value = (self._shape(item, name) for name in ("query", "key", "value"))
-            return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]), query[-1]
-        return self._einsum(item) if kind == "einsum" else (0, 0)
+            return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]), query[-1], 0, 1
+        return self._einsum(item) if kind == "einsum" else (0, 0, 0, 1)
 
-    def _einsum(self, item: Any) -> tuple[int, int]:
+    def _einsum(self, item: Any) -> tuple[int, int, int, int]:
         """One multiply-accumulate for each choice of all letters."""
         left, _, right = str(self._constant(item, "equation", "")).replace(" ", "").partition("->")
         sizes: dict[str, int] = {}
         for term, argument in zip(left.split(","), item.inputs["values"].arguments, strict=False):
             for letter, size in zip(term, self._types.get(argument.name, ("", ()))[1], strict=False):
                 sizes[letter] = max(size, sizes.get(letter, 1))
-        return math.prod(sizes.values()), math.prod(n for letter, n in sizes.items() if letter not in right)
+        return math.prod(sizes.values()), math.prod(n for letter, n in sizes.items() if letter not in right), 0, 1
 
 
 def _arguments(item: Any) -> list[Any]:

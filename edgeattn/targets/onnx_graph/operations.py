@@ -14,6 +14,7 @@ from edgeattn.targets.base import Artifact, OpCost, entry_of
 from edgeattn.targets.onnx_graph.execute import module_of
 
 _Shape = tuple[int, ...]
+_Macs = tuple[int, int, int, int]
 
 #: They give what they are given, in another shape or under another name.
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size")
@@ -196,7 +197,7 @@ class _Table:
         dtype = self._dtype(node, data)
         free = kind in (*VIEWS, _TO, _FROM) or (bool(outputs) and all(map(self.constant, outputs)))
         if free:
-            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, *rest)
+            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, 0, 1, *rest)
         read, made = sum(map(self._bytes, data)), sum(map(self._bytes, outputs))
         leaves: dict[int, int] = {}
         for value in given:
@@ -205,8 +206,8 @@ class _Table:
         weights = sum(leaves.values())
         if kind in _TAKES and node.inputs[0] is not None:
             read, weights = self._taken(node.inputs[0], outputs[0], made)
-        macs, channels = _macs(node)
-        return OpCost(name, module, kind, macs, read, weights, made, dtype, channels, *rest)
+        macs, channels, fan, taps = _macs(node)
+        return OpCost(name, module, kind, macs, read, weights, made, dtype, channels, fan, taps, *rest)
 
     def _taken(self, source: ir.Value, out: ir.Value, made: int) -> tuple[int, int]:
         """Bytes that a lookup reads of data and of constants."""
@@ -235,10 +236,10 @@ class _Table:
         return next((_FLOATS[dtype] for dtype in types_of if dtype in _FLOATS), "int" if types_of else "fp32")
 
 
-def _macs(node: ir.Node) -> tuple[int, int]:
-    """Multiply-accumulates of a node, and the channels that each of its results is summed over."""
+def _macs(node: ir.Node) -> _Macs:
+    """``macs``, ``channels``, ``fan`` and ``taps`` of a node, see ``OpCost``."""
     rule = _RULES.get(node.op_type)
-    return rule(node) if rule is not None and node.outputs else (0, 0)
+    return rule(node) if rule is not None and node.outputs else (0, 0, 0, 1)
 
 
 def _operands(node: ir.Node) -> tuple[_Shape, _Shape, _Shape]:
@@ -247,41 +248,48 @@ def _operands(node: ir.Node) -> tuple[_Shape, _Shape, _Shape]:
     return _shape(node.inputs[first]), _shape(node.inputs[second]), _shape(node.outputs[0])
 
 
-def _convolution(node: ir.Node) -> tuple[int, int]:
+def _groups(node: ir.Node) -> int:
+    return max(node.attributes.get_int("group", 1), 1)
+
+
+def _convolution(node: ir.Node) -> _Macs:
     """Weights are (Co, Ci / groups, k...): each makes one element of the result."""
     _, weight, out = _operands(node)
-    return math.prod(out) * math.prod(weight[1:]), weight[1] if len(weight) > 1 else 1
+    if len(weight) < 2:
+        return 0, 0, 0, 1
+    return math.prod(out) * math.prod(weight[1:]), weight[1], weight[0] // _groups(node), math.prod(weight[2:])
 
 
-def _transposed(node: ir.Node) -> tuple[int, int]:
+def _transposed(node: ir.Node) -> _Macs:
     """Weights are (Ci, Co / groups, k...): each spreads one element of the data."""
     data, weight, _ = _operands(node)
-    groups = max(node.attributes.get_int("group", 1), 1)
-    return math.prod(data) * math.prod(weight[1:]), (weight[0] if weight else 1) // groups
+    if len(weight) < 2:
+        return 0, 0, 0, 1
+    return math.prod(data) * math.prod(weight[1:]), weight[0] // _groups(node), weight[1], math.prod(weight[2:])
 
 
-def _product(node: ir.Node) -> tuple[int, int]:
+def _product(node: ir.Node) -> _Macs:
     """(..., n, k) @ (..., k, m), with broadcasting; a Gemm's data may stand the other way round."""
     data, _, out = _operands(node)
     inner = data[0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1 else -1] if data else 1
-    return math.prod(out) * inner, inner
+    return math.prod(out) * inner, inner, out[-1] if out else 1, 1
 
 
-def _einsum(node: ir.Node) -> tuple[int, int]:
+def _einsum(node: ir.Node) -> _Macs:
     """Of two factors: one multiply-accumulate for each choice of all letters; of other numbers of factors nothing."""
     left, _, right = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2 or "." in left:
-        return 0, 0
+        return 0, 0, 0, 1
     sizes: dict[str, int] = {}
     for term, value in zip(terms, node.inputs, strict=True):
         for letter, size in zip(term, _shape(value), strict=False):
             sizes[letter] = max(size, sizes.get(letter, 1))
     inner = math.prod(size for letter, size in sizes.items() if letter not in right)
-    return math.prod(sizes.values()), inner
+    return math.prod(sizes.values()), inner, 0, 1
 
 
-def _attention(node: ir.Node) -> tuple[int, int]:
+def _attention(node: ir.Node) -> _Macs:
     """Q (B, H, N, D) or (B, N, H * D), with K and V alike: both products; the past is part of what they read."""
     query, key, value = (_shape(v) for v in node.inputs[:3])
     if len(query) == 3:
@@ -290,17 +298,17 @@ def _attention(node: ir.Node) -> tuple[int, int]:
         query = (query[0], query_heads, query[1], query[2] // query_heads)
         key, value = ((v[0], heads, v[1], v[2] // heads) for v in (key, value))
     if min(len(query), len(key), len(value)) < 4:
-        return 0, 0
+        return 0, 0, 0, 1
     past = _shape(node.inputs[4])[2] if len(node.inputs) > 4 and node.inputs[4] is not None else 0
-    return math.prod(query[:3]) * (key[2] + past) * (query[3] + value[3]), query[3]
+    return math.prod(query[:3]) * (key[2] + past) * (query[3] + value[3]), query[3], 0, 1
 
 
-def _in_blocks(node: ir.Node) -> tuple[int, int]:
+def _in_blocks(node: ir.Node) -> _Macs:
     inner = node.attributes.get_int("K", 1)
-    return math.prod(_shape(node.outputs[0])) * inner, inner
+    return math.prod(_shape(node.outputs[0])) * inner, inner, node.attributes.get_int("N", 1), 1
 
 
-_RULES: dict[str, Callable[[ir.Node], tuple[int, int]]] = {
+_RULES: dict[str, Callable[[ir.Node], _Macs]] = {
     **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv"), _convolution),
     "ConvTranspose": _transposed,
     **dict.fromkeys(("MatMul", "MatMulInteger", "QLinearMatMul", "Gemm"), _product),

@@ -94,17 +94,17 @@ class Table:
         weights = sum(self._stored[number] for number in given if number in self._stored)
         if given and not data:  # known before anything runs
             self._stored.update(dict.fromkeys(made, weights))
-            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, *rest)
+            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, 0, 1, *rest)
         if kind in VIEWS:
-            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, *rest)
+            return OpCost(name, module, kind, 0, 0, 0, 0, dtype, 0, 0, 1, *rest)
         read, written = sum(map(self._bytes, data)), sum(map(self._bytes, made))
         if kind in _TAKES:
             source, elements = places[_TAKES[kind]], math.prod(self._shape(made[0]))
             whole = self._stored.get(source, self._bytes(source))
             taken = math.ceil(whole * min(1.0, elements / max(math.prod(self._shape(source)), 1)))
             read, weights = (0, taken) if source in self._stored else (taken, 0)
-        macs, channels = self._macs(kind, operator, places, made)
-        return OpCost(name, module, kind, macs, read, weights, written, dtype, channels, *rest)
+        counts = self._macs(kind, operator, places, made)
+        return OpCost(name, module, kind, counts[0], read, weights, written, dtype, *counts[1:], *rest)
 
     def _dtype(self, kind: str, places: list[int], made: list[int]) -> str:
         """See ``OpCost.dtype``."""
@@ -119,28 +119,31 @@ class Table:
         floats = {"FLOAT32": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
         return next((floats[one] for one in types if one in floats), "int" if types else "fp32")
 
-    def _macs(self, kind: str, operator: Any, places: list[int], made: list[int]) -> tuple[int, int]:
-        """Multiply-accumulates, and the channels that each result is summed over; layouts are the schema's.
+    def _macs(self, kind: str, operator: Any, places: list[int], made: list[int]) -> tuple[int, int, int, int]:
+        """``macs``, ``channels``, ``fan`` and ``taps``, see ``OpCost``; layouts are the schema's.
 
         Weights of CONV_2D are (Co, h, w, Ci / groups), of DEPTHWISE_CONV_2D (1, h, w, Co), of TRANSPOSE_CONV
         (Co, h, w, Ci), of CONV_3D (d, h, w, Ci, Co), of FULLY_CONNECTED (Co, Ci).
         """
         operands = _operands(kind, places)
         if len(operands) < 2 or not made:
-            return 0, 0
+            return 0, 0, 0, 1
         data, weight = (self._shape(number) for number in operands)
         out = math.prod(self._shape(made[0]))
-        if kind in ("CONV_2D", "FULLY_CONNECTED"):
-            return out * math.prod(weight[1:]), weight[-1]
+        groups = max(data[-1] // max(weight[-1], 1), 1) if data else 1
+        if kind == "CONV_2D":
+            return out * math.prod(weight[1:]), weight[-1], weight[0] // groups, math.prod(weight[1:-1])
+        if kind == "FULLY_CONNECTED":
+            return out * math.prod(weight[1:]), weight[-1], weight[0], 1
         if kind == "DEPTHWISE_CONV_2D":
-            return out * math.prod(weight[1:3]), 1
+            return out * math.prod(weight[1:3]), 1, weight[-1] // max(data[-1], 1), math.prod(weight[1:3])
         if kind == "TRANSPOSE_CONV":
-            return math.prod(data) * math.prod(weight[:3]), weight[-1]
+            return math.prod(data) * math.prod(weight[:3]), weight[-1], weight[0], math.prod(weight[1:3])
         if kind == "CONV_3D":
-            return out * math.prod(weight[:4]), weight[3]
+            return out * math.prod(weight[:4]), weight[3], weight[4], math.prod(weight[:3])
         options = operator.builtinOptions
         inner = data[-2 if options is not None and options.adjX else -1]
-        return out * inner, inner
+        return out * inner, inner, self._shape(made[0])[-1], 1
 
 
 def _operands(kind: str, places: list[int]) -> tuple[int, ...]:
