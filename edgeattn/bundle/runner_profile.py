@@ -86,7 +86,8 @@ def feeds_of(manifest: Data, part: Data, options: argparse.Namespace) -> Data:
             raise run.Problem(
                 2,
                 f"input {spec['name']} takes no batch of {batch}: it takes {takes}",
-                f"export with --input {spec['name']}=1..{batch}x... for a batch that may vary, where the target can",
+                f"export one for it, with --input {spec['name']}={'x'.join(map(str, (batch, *shape[1:])))}; "
+                f"for target tensorrt a batch may vary: 1..{batch}",
             )
         feeds[spec["name"]] = np.concatenate([value] * batch)[:batch]
     return feeds

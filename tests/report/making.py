@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+from edgeattn.core.hashing import sha256_data
 from edgeattn.profile.record import (
     Breakdown,
     Latency,
@@ -118,7 +119,7 @@ def record(median: float | None = 5.0, seed: int = 0, **given: Any) -> Record:
     )
     subject: dict[str, Any] = {
         "bundle": f"{model}.{target}.{precision}",
-        "digest": f"{abs(hash((model, target, precision))):016x}" * 4,
+        "digest": sha256_data([model, target, precision]),
         "model": model,
         "target": target,
         "backend": target,
@@ -318,3 +319,33 @@ def many(count: int) -> list[Record]:
         breakdown = Breakdown(operations=operations(5.0, layers=25), source="the runtime's profiler")
         made.append(record(3.0 + i * 0.05, i, device=f"device-{i:03}", breakdown=breakdown, states=states()))
     return made
+
+
+def odd() -> list[Record]:
+    """What a chart could stumble over: nothing, one of all, zeros, long names, two records that look alike."""
+    flat = Latency(
+        **dict.fromkeys(("p50", "p90", "p95", "p99", "mean", "min", "max", "low", "high"), 0.0),
+        std=0.0,
+        confidence=0.95,
+        runs=2,
+        blocks=(((0.0, 0.0),),),
+    )
+    zero = Operation(name="", module="a..b", op="", ms=0.0, macs=0, bytes=0)
+    single = Operation(name="n" * 300, module=".".join("m" * 40 for _ in range(12)), op="Conv", ms=1.0, macs=5, bytes=1)
+    one = latency(5.0, processes=1, count=1, runs=1)
+    return [
+        record(1.0, breakdown=Breakdown(operations=(zero,)), accuracy=0.0, reference_accuracy=0.0)
+        .model_copy(update={"latency": flat})
+        .sealed(),
+        record(
+            5.0,
+            breakdown=Breakdown(operations=(single, zero), roofline=Roofline(tflops=0.0, gb_s=0.0)),
+            device="d" * 200,
+        )
+        .model_copy(update={"latency": one, "states": states()[:1]})
+        .sealed(),
+        record(5.0, breakdown=Breakdown(operations=(single,), roofline=Roofline(tflops=1e-9, gb_s=1e6))),
+        record(5.0, 1, metric="perplexity", accuracy=12.0, reference_accuracy=11.0),
+        record(5.0, 2, metric="perplexity", accuracy=12.0, reference_accuracy=11.0, created="2026-11-26T00:00:00Z"),
+        record(None, breakdown=Breakdown(), accuracy=None),
+    ]

@@ -16,7 +16,7 @@ from edgeattn.report.records import compare_html
 from edgeattn.report.records.compare import compare
 from edgeattn.report.records.html import html
 from edgeattn.report.records.words import plain
-from tests.report.making import many, operations, realistic, record
+from tests.report.making import many, odd, operations, realistic, record
 from tests.report.test_escaping import NASTY, hostile
 
 
@@ -123,6 +123,24 @@ def test_every_chart_of_a_comparison_is_drawn(view: Open, width: int) -> None:
         assert "overlay" in opened.draw_all()
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     opened.check()
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_odd_records_break_no_chart(view: Open, width: int) -> None:
+    records = odd()
+    opened = view(html(records), width)
+    for index in range(len(records)):
+        opened.page.select_option("#pick", str(index))
+        assert "latency" in opened.draw_all()
+    opened.page.select_option("#pareto .choice", "perplexity")
+    assert "pareto" in opened.draw_all()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    opened.check()
+    pairs = view(compare_html.html(compare(records, records)), width)
+    for index in range(len(pairs.page.query_selector_all("#pick option"))):
+        pairs.page.select_option("#pick", str(index))
+        pairs.draw_all()
+    pairs.check()
 
 
 def test_what_a_select_offers_can_be_drawn(view: Open) -> None:
