@@ -218,7 +218,7 @@ function fallback(state) {
       r.wanted ? `asked for: ${esc(r.wanted)}` : ""].filter(Boolean).join(", ");
   };
   const parts = units.map((unit, i) => ({ name: `on ${unit || "another unit"}`, value: (r) => share(r, unit), color: colour(i), words: (r) => words(r, unit) }));
-  const found = bars(records, parts, "% of time, or of operations where no time is known");
+  const found = bars(records, parts, narrow() ? "% of time, or of operations" : "% of time, or of operations where no time is known");
   found.layout.showlegend = true; // the unit's name, also of a single one
   return found;
 }

@@ -136,7 +136,7 @@ function quantized(state) {
     hovertext: found.map((item) => `${esc(item.module || "(model)")}<br>relative L2 ${esc(item.text)}`),
   }));
   const labels = found.map((item) => moduleTick(item.module || "(model)"));
-  const axis = logAxis(found.map((item) => item.error), "relative L2 of what the module gives, logarithmic");
+  const axis = logAxis(found.map((item) => item.error), narrow() ? "relative L2, logarithmic" : "relative L2 of what the module gives, logarithmic");
   axis.range[0] -= 0.3; // so that the smallest has a bar, too
   return { traces, layout: { height: rowsHeight(labels, 24), barmode: "stack", bargap: 0.3, yaxis: rows(labels), xaxis: axis } };
 }
@@ -182,14 +182,16 @@ function runs(state) {
 function overlay(state, choice) {
   const sides = (state.one.sides || []).filter((side) => side.values.length);
   if (!sides.length) return null;
-  const series = sides.map((side) => ({ name: side.name, values: side.values, color: colour(side.place) }));
+  const series = sides.map((side) => ({
+    name: side.name, label: narrow() ? "AB"[side.place] : tick(side.name), values: side.values, color: colour(side.place),
+  }));
   if (choice !== "histogram") return distribution(series, choice, "latency, ms");
   const all = series.flatMap((one) => one.values);
   const low = Math.min(...all);
   const high = Math.max(...series.map((one) => one.values[Math.floor((one.values.length - 1) * 0.99)]));
   const size = (high - low) / 60 || low / 60 || 1;
   const traces = series.map((one) => ({
-    type: "histogram", name: moduleTick(one.name), x: one.values, histnorm: "percent", opacity: 0.6, marker: { color: one.color },
+    type: "histogram", name: one.label, x: one.values, histnorm: "percent", opacity: 0.6, marker: { color: one.color },
     xbins: { start: low, end: Math.max(...all) + size, size }, autobinx: false, hoverinfo: "x+y",
   }));
   const pad = size * 2;
