@@ -1,13 +1,13 @@
 """An uncalibrated estimate of what every operation of an artifact takes: the roofline of the device.
 
 An operation takes as long as its arithmetic at the device's peak, or as its bytes at the memory's bandwidth, whichever
-is longer, and what calling it costs. No number here was fitted to a model or to a device. What runtimes of every kind
-do with a graph is taken from how they are built:
+is longer, and what calling it costs. No number here is the result of a fit. The rules are what runtimes of every kind
+do with a graph; which of them are worth having was seen with ONNX Runtime on one x86-64 machine:
 
-- Activations, additions and factors that follow a convolution or a matrix product are part of it: its result is still
-  in registers. Such an operation takes no call, and of an addition the other summand alone is read.
+- Activations, sums and constant factors that follow a convolution or a matrix product are part of it, as its result is
+  still in registers: they take no call, and of a sum the other summand alone is read.
 - A factor that is a curve of the other one (x * sigmoid(x)) is computed along with it.
-- Convolutions whose groups have few output channels multiply an unfolded copy of their data, which is written and read.
+- Convolutions of few output channels a group, and transposed ones, write and read more than their data (``unfolded``).
 - Storage in integers between two operations costs nothing, a view no more than a call on a CPU and nothing elsewhere.
 - ``DEPTHWISE``, ``FEW`` and ``CURVED`` are choices of ours, numbers that follow from what the kernels have to do.
 
@@ -48,14 +48,14 @@ _CURVES = (
     *("gelu", "quickgelu", "erf", "exp", "log", "sin", "cos", "pow", "sigmoid", "logistic", "silu", "swish", "mish"),
     *("tanh", "elu", "selu", "celu", "softplus", "softmax", "logsoftmax"),
 )
-#: Pairs of them stand for integers that a tensor is stored in.
 _STORAGE = ("quantizelinear", "dequantizelinear", "quantize", "dequantize")
 _WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2, "w8a8": 1, "fp8": 1}
 #: What computes a type that the roof has no peak for, the nearest first.
 _INSTEAD = {"w8a8": ("fp16", "fp32"), "fp8": ("fp16", "fp32"), "fp16": ("fp32",), "bf16": ("fp16", "fp32")}
 
 #: fp32 operations a clock of one core, by an extension's name; the first that a CPU has counts. A fused
-#: multiply-add is two, and there are two units for them. Advanced SIMD as a Cortex-A76 has it.
+#: multiply-add is two, and there are two units for them (a core with AVX-512 may have one, and does half as much).
+#: Advanced SIMD as a Cortex-A76 has it.
 _A_CLOCK = {"avx512f": 64, "avx2": 32, "avx": 16, "sse2": 8, "asimd": 16, "neon": 8}
 #: How many times as many 8-bit operations a CPU does with an extension, the first that it has.
 _EIGHT_BITS = {"avx512_vnni": 4, "avx_vnni": 4, "asimddp": 4}
@@ -106,14 +106,12 @@ def estimate(operations: Sequence[OpCost], roof: Roof) -> list[Estimate]:
 def _one(operation: OpCost, roof: Roof, joined: int | None) -> Estimate:
     """Of one operation; ``joined`` are the bytes that it moves as a part of another."""
     moved = operation.bytes + unfolded(operation) if joined is None else joined
-    if not moved and not operation.macs:
-        # Without inputs it is known before anything runs.
+    if not moved and not operation.macs:  # what has no inputs is known before anything runs
         view = joined is None and operation.inputs and _kind(operation) not in _STORAGE and roof.view_ms
         return Estimate(roof.view_ms, "call") if view else Estimate(0.0, "")
     compute = flops(operation) / (roof.peak(operation.dtype) * 1e9 * efficiency(operation)) if joined is None else 0.0
     memory = moved / (roof.gb_s * 1e6)
-    call = roof.call_ms if joined is None else 0.0
-    longest = max(compute, memory)
+    call, longest = roof.call_ms if joined is None else 0.0, max(compute, memory)
     return Estimate(longest + call, "call" if call > longest else "compute" if compute > memory else "memory")
 
 
@@ -121,28 +119,26 @@ def flops(operation: OpCost) -> float:
     """Arithmetic operations: two for a multiply-accumulate, ``CURVED`` for an element of a curve, one for another."""
     if operation.macs or operation.dtype == "int":
         return 2.0 * operation.macs
-    elements = operation.bytes_out / _WIDTH.get(operation.dtype, 4)
-    return elements * (CURVED if _kind(operation) in _CURVES else 1)
+    return operation.bytes_out / _WIDTH.get(operation.dtype, 4) * (CURVED if _kind(operation) in _CURVES else 1)
 
 
 def efficiency(operation: OpCost) -> float:
     """Share of the peak that an operation's kind can reach: ``DEPTHWISE`` of such convolutions, else 1."""
-    return DEPTHWISE if _narrow(operation) and operation.channels == 1 else 1.0
+    depthwise = "conv" in _kind(operation) and operation.channels == 1 and 0 < operation.fan < FEW
+    return DEPTHWISE if depthwise and operation.macs else 1.0
 
 
 def unfolded(operation: OpCost) -> int:
-    """Bytes of the copy that a convolution of few output channels a group makes of its data, written and read.
+    """Bytes of what convolutions write and read again beside their data, as matrix products are all they have.
 
-    It has an element for each multiply-accumulate of one output channel. Depthwise ones have kernels without it, and
-    a 1x1 kernel multiplies the data as they are.
+    One of few output channels a group unfolds its data: a number for each multiply-accumulate of one output channel.
+    A transposed one gets a number for each multiply-accumulate of one input channel, and adds them up.
     """
-    if not _narrow(operation) or operation.channels == 1 or operation.taps == 1:
+    kind = _kind(operation)
+    if operation.channels <= 1 or operation.taps == 1 or "conv" not in kind:
         return 0
-    return 2 * _WIDTH.get(operation.dtype, 4) * operation.macs // operation.fan
-
-
-def _narrow(operation: OpCost) -> bool:
-    return operation.macs > 0 and "conv" in _kind(operation) and 0 < operation.fan < FEW
+    shared = operation.channels if "transpose" in kind else operation.fan if operation.fan < FEW else 0
+    return 2 * _WIDTH.get(operation.dtype, 4) * operation.macs // shared if shared else 0
 
 
 def _kind(operation: OpCost) -> str:
@@ -185,31 +181,23 @@ def roof_of(device: Device, precision: str, threads: int = 0) -> Roof:
     """The roof of a device, for an artifact of a precision.
 
     Args:
-        device: one of kind "host" stands for this machine: its peaks are computed from what the CPU says of itself,
-            its bandwidth is measured here, which takes a fraction of a second.
+        device: of kind "host" it is this machine: peaks are computed from what the CPU says of itself, the bandwidth
+            is measured, which takes a fraction of a second.
         precision: small weights (w8, w4) are computed with in the floats around them.
         threads: of the CPU; 0 for all cores. Others' peaks are all cores', and fall with the threads; the bandwidth
             stays, as one core may well use all of it.
 
     Raises:
-        UsageError: the device's file has no peak for the precision, or no bandwidth; this machine does not say what
-            its CPU is.
+        UsageError: the file has no peak for the precision, or no bandwidth; this machine does not say what it is.
     """
     if device.kind == "host":
-        return _here(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1)
-    where = f"device {device.name}"
+        return _here(threads or os.cpu_count() or 1)
     wanted = ("fp32", "fp16") if precision in ("w8", "w4") else (precision,)
     if not set(wanted) & set(device.peak):
-        raise UsageError(
-            "there is no roofline for an estimate",
-            value=f"peak of {' or '.join(wanted)}",
-            where=where,
-            why=f"its file has peaks of {', '.join(device.peak)}" if device.peak else "its file has no table [peak]",
-            fix="add the documented peak in TFLOPS to a device file of yours, with this one as its base",
-        )
+        why = f"its file has peaks of {', '.join(device.peak)}" if device.peak else "its file has no table [peak]"
+        raise _missing(f"peak of {' or '.join(wanted)}, in TFLOPS", f"device {device.name}", why)
     if device.bandwidth_gb_s is None:
-        why, fix = "its file has none", "add it to a device file of yours, with this one as its base"
-        raise UsageError("there is no roofline for an estimate", value="bandwidth_gb_s", where=where, why=why, fix=fix)
+        raise _missing("bandwidth_gb_s", f"device {device.name}", "its file has none")
     unit = device.peak_unit or "gpu"  # the default of target tensorrt, see Device
     share = min(threads / device.cores, 1.0) if unit == "cpu" and threads and device.cores else 1.0
     kinds = dict.fromkeys((device.peak_kind or "documented", device.bandwidth_kind or "documented"))
@@ -218,47 +206,42 @@ def roof_of(device: Device, precision: str, threads: int = 0) -> Roof:
     return Roof(peaks, device.bandwidth_gb_s, CALL_MS[unit], view_ms, ", ".join(kinds))
 
 
+def _missing(value: str, where: str, why: str) -> UsageError:
+    fix = "add what is documented of it to a device file of yours, with this one as its base"
+    return UsageError("there is no roofline for an estimate", value=value, where=where, why=why, fix=fix)
+
+
 def _here(threads: int) -> Roof:
     """Of this machine's CPU: threads x clock x operations a clock, and a measured bandwidth."""
     has = tools.cpu_extensions()
     a_clock = next((number for name, number in _A_CLOCK.items() if name in has), None)
     clock = clock_ghz()
     if a_clock is None or clock is None:
-        raise UsageError(
-            "there is no roofline for an estimate",
-            value="clock" if clock is None else "instruction set",
-            where="this machine",
-            why="its system does not say it in /proc/cpuinfo or /sys",
-            fix="describe it in a device file with cores, peak and bandwidth_gb_s, and name that device",
-        )
+        error = _missing("instruction set" if clock else "clock", "this machine", "its system does not say it")
+        error.fix = "describe it in a device file with cores, peak and bandwidth_gb_s, and name that device"
+        raise error
     fp32 = threads * clock * a_clock / 1e3
     times = next((number for name, number in _EIGHT_BITS.items() if name in has), 1)
-    half = 2.0 if "asimdhp" in has else 1.0
-    peaks = {"fp32": fp32, "fp16": fp32 * half, "w8a8": fp32 * times}
+    peaks = {"fp32": fp32, "fp16": fp32 * (2 if "asimdhp" in has else 1), "w8a8": fp32 * times}
     return Roof(peaks, copied_gb_s(), view_ms=CALL_MS["cpu"], source="computed, measured")
 
 
 def clock_ghz(root: Path = Path("/")) -> float | None:
     """The highest clock of this machine's cores as Linux says it, else the one it runs at now; None elsewhere."""
-    highest = []
-    for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq"):
-        try:
-            highest.append(float(path.read_text()) / 1e6)
-        except (OSError, ValueError):
-            continue
     try:
+        files = root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq")
+        highest = [float(path.read_text()) / 1e6 for path in files]
         lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         now = [float(line.partition(":")[2]) / 1e3 for line in lines if line.startswith("cpu MHz")]
     except (OSError, ValueError):
-        now = []
+        return None
     return max(highest or now, default=None)
 
 
 def copied_gb_s(megabytes: int = 128, rounds: int = 5) -> float:
     """Bandwidth of this machine's memory in GB/s, read and written together, by copying that much; the best round."""
     source = np.ones(megabytes * 125_000, np.float64)
-    copy = np.empty_like(source)
-    best = float("inf")
+    copy, best = np.empty_like(source), float("inf")
     for _ in range(rounds + 1):  # the first one has the system find the pages
         begun = time.perf_counter()
         np.copyto(copy, source)

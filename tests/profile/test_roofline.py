@@ -52,9 +52,11 @@ def test_types_kernels_and_curves() -> None:
         assert one(op(kind, macs=500_000_000, channels=1, fan=1)) == (1 / DEPTHWISE + 0.01, "compute")
     assert one(op(macs=500_000_000, channels=3)) == (1.01, "compute")  # a stem: few channels in, many out
     assert one(op("MatMul", macs=500_000_000, channels=1, fan=1)) == (1.01, "compute")
-    narrow = op(macs=8_000_000, channels=8, fan=8, bytes_in=1_000_000)  # the copy has 1e6 floats
+    narrow = op(macs=8_000_000, channels=4, fan=8, bytes_in=1_000_000)  # unfolded it has 1e6 floats
     assert one(narrow) == (0.91, "memory")
     assert one(replace(narrow, taps=1)) == (0.11, "memory")
+    for kind in ("ConvTranspose", "TRANSPOSE_CONV", "conv_transpose"):
+        assert one(replace(narrow, op=kind)) == (1.71, "memory")
     curved = op("Gelu", bytes_in=4_000_000, bytes_out=4_000_000)
     assert one(curved, Roof({"fp32": 0.001}, 1e6, 0.0))[0] == 1e6 * roofline.CURVED / 1e6
 
