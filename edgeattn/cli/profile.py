@@ -146,8 +146,10 @@ def _show(outcome: Outcome) -> None:
     measured = [record for record in records if record.latency]
     if measured:
         columns = ("p50 ms", "+-", "p90", "p99", "first", "load", "peak MB", "runs")
+        # Of a program that the system compiles at its very first load.
+        once = ("first load",) if any(record.latency and record.latency.load_first_ms for record in measured) else ()
         ratio = ("ratio",) if outcome.ratios else ()
-        rows = table("bundle", *columns, *ratio, right=(*columns, *ratio))
+        rows = table("bundle", *columns, *once, *ratio, right=(*columns, *once, *ratio))
         for record in measured:
             found = record.latency
             assert found is not None
@@ -156,6 +158,7 @@ def _show(outcome: Outcome) -> None:
             cells += [f"{values[0]:.3g}" if values else "-" for values in (found.first_ms, found.load_ms)]
             cells += [f"{record.memory.peak_rss_mb:.0f}" if record.memory.peak_rss_mb else "-"]
             cells += [f"{found.runs} in {len(found.blocks)}"]
+            cells += [f"{found.load_first_ms:.4g}" if found.load_first_ms else "-"] * len(once)
             if ratio:
                 of = outcome.ratios.get(record.id)
                 cells += [
@@ -186,6 +189,8 @@ def _show(outcome: Outcome) -> None:
             out.print(f"[yellow]{escape(record.label)}: {escape(flag)}[/yellow]", soft_wrap=True)
         if record.subject.weights == "random":
             out.print(f"[yellow]{escape(record.label)}: the weights are random[/yellow]", soft_wrap=True)
+    for label, why in outcome.unmeasured:
+        out.print(f"[red]{escape(label)}: not measured: {escape(why)}[/red]", soft_wrap=True)
     for name, error in outcome.failed:
         out.print(f"[red]{escape(name)}: not measured: {escape(error.what)}[/red]", soft_wrap=True)
 

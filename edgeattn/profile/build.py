@@ -76,6 +76,8 @@ class Builder:
     def __init__(self, device: str, described: Device | None, roofs: Mapping[str, Roof], session: str = "") -> None:
         self._device, self._described, self._roofs, self._session = device, described, roofs, session
         self._commit, self._created = commit(), now()
+        #: (label, why) of compute units that could not be measured.
+        self.unmeasured: list[tuple[str, str]] = []
 
     def measured(self, one: Measured, others: Sequence[str] = (), partial: str = "") -> list[Record]:
         """The records of a job: one, or one for each of its compute units; none where nothing was measured.
@@ -251,6 +253,7 @@ class Builder:
             found = [unit for result in one.results for unit in result["compute_units"] if unit["compute_unit"] == name]
             held = [unit for unit in found if unit["holds"]]
             if not held:
+                self.unmeasured.append((f"{bundle.manifest.name}, {name}", str(found[0]["why"])))
                 continue
             first = one.results[0]
             latency = latency_of([[unit["latencies"]] for unit in held], held)

@@ -45,13 +45,14 @@ class Outcome:
     Attributes:
         records: in the order of the jobs. ratios: B over A of each further record against the first, by the record's
             id, of those whose blocks took turns.
-        failed: (bundle, error) of jobs that could not be measured.
+        failed: (bundle, error) of jobs that could not be measured. unmeasured: (label, why) of compute units.
         stopped: the error that ended it early, with what was measured before in ``records``.
     """
 
     records: list[Record] = field(default_factory=list)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     failed: list[tuple[str, EdgeAttnError]] = field(default_factory=list)
+    unmeasured: list[tuple[str, str]] = field(default_factory=list)
     stopped: BaseException | None = None
 
 
@@ -204,10 +205,13 @@ def measure(
                 outcome.ratios[made[0].id] = paired_ratio(group[base[0]].blocks, one.blocks)
             except ValueError:
                 pass  # too few rounds for an interval
+        outcome.unmeasured += builder.unmeasured
     if outcome.records:
         keep(outcome.records)
     elif isinstance(outcome.stopped, EdgeAttnError):
         raise outcome.stopped
+    elif outcome.failed and outcome.stopped is None:
+        raise outcome.failed[0][1]
     return outcome
 
 

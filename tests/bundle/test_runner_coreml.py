@@ -28,6 +28,7 @@ from edgeattn.bundle import Bundle, runner
 from edgeattn.bundle.bundle import RUNNER
 from edgeattn.cli import cli
 from edgeattn.core.errors import CheckFailed
+from edgeattn.profile.record import parse
 from tests.bundle import coreml_stand_in
 from tests.bundle.mac import TRANSCRIPT, Mac, make_bundle, make_decoder_bundle, make_mac, transcript
 
@@ -243,18 +244,23 @@ def test_edgeattn_profile_shows_a_row_for_each_unit(
     done = CliRunner().invoke(cli, ["profile", str(bundle.path), "--runs", "5"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines if line.split()[:1] and line.split()[0] in UNITS}
-    assert list(rows) == UNITS
-    assert rows["CPU_ONLY"][-5:] == ["5", "0.0", "%", "0.0", "%"]
-    assert rows["CPU_AND_NE"] == [*"-" * 7, "66.7", "%", "37.5", "%"]
-    assert rows["CPU_AND_GPU"][:5] == [*"-" * 4, rows["CPU_AND_GPU"][4]]  # how long it loads is known
-    assert rows["ALL"][-3:] == ["5", "-", "-"]
-    assert float(rows["ALL"][5]) >= 100 > float(rows["ALL"][4])
-    assert any(line.startswith("CPU_AND_NE: ") and "SIGKILL" in line for line in lines)
-    assert any(line.startswith("CPU_AND_GPU: wrong numbers: relative L2 0.5") for line in lines)
-    assert any(line.startswith("ALL: its plan cannot be told") and "SIGABRT" in line for line in lines)
-    assert any(line.startswith("arm64, Apple M3, Python") for line in lines)
-    assert max(map(len, lines[:6])) <= 110
+    assert any(line.startswith("double.coreml.fp16, CPU_ONLY ") for line in lines)
+    assert any(line.startswith("double.coreml.fp16, ALL ") for line in lines)
+    text = "\n".join(lines)
+    assert "off cpu: nothing" in text  # CPU_ONLY
+    assert "by Core ML's plan: estimated shares of the cost, not times" in text
+    assert any(
+        line.startswith("double.coreml.fp16, CPU_AND_NE: not measured: ") and "SIGKILL" in line for line in lines
+    )
+    assert "CPU_AND_GPU: not measured: wrong numbers: relative L2 0.5" in text
+    assert any("ALL: its plan cannot be told" in line and "SIGABRT" in line for line in lines)
+    assert "Apple M3, coremltools 9.0" in text
+    found = CliRunner().invoke(cli, ["profile", str(bundle.path), "--runs", "5", "--json", "--no-history"])
+    records = {record.settings.unit: record for record in parse(json.loads(found.output), "stdout")}
+    assert list(records) == ["CPU_ONLY", "ALL"]
+    assert records["CPU_ONLY"].breakdown.fallback == {}
+    assert records["ALL"].latency.load_first_ms >= 100 > records["ALL"].latency.load_ms[0]
+    assert records["ALL"].latency.runs == 5
 
 
 # Numbers and data.

@@ -20,6 +20,9 @@ import pytest
 
 import edgeattn
 from edgeattn.bundle import Bundle
+from edgeattn.core.errors import UsageError
+from edgeattn.profile.measure import Effort, Job
+from edgeattn.profile.run import measure
 from tests.bundle import tensorrt_stand_in as stand_in
 from tests.conftest import ROOT
 
@@ -218,6 +221,31 @@ def test_profile(full: Bundle, gpu: Run) -> None:
     without = json.loads(gpu(full, "--profile", "--json", "--runs", "3", "--warmup", "1", STAND_IN_NO_GRAPH="1").stdout)
     assert "cuStreamBeginCapture" in without["cuda_graph"]
     assert "engine, CUDA graph" not in without["events"]
+
+
+def test_a_record_of_a_gpu(full: Bundle, gpu: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a GPU does is a stand-in's; that its answers become a record is shown here.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("STAND_IN_BUILDS", str(tmp_path / "builds"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(gpu.library))  # type: ignore[attr-defined]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    job = Job(full.path, "tensorrt", "main")
+    outcome = measure([job, job], "local", Effort(rounds=2, runs=4, warmup=1))
+    assert [record.settings.unit for record in outcome.records] == ["gpu", "gpu"]
+    first = outcome.records[0]
+    assert first.place.gpu.startswith("Stand-in GPU")
+    assert first.memory.device_mb is not None
+    assert first.memory.device_mb > 0
+    assert first.latency is not None
+    assert first.latency.runs == 8
+    assert first.proof.device_relative_l2 is not None
+    assert first.breakdown.source == "TensorRT's layer profile"
+    layer = next(op for op in first.breakdown.operations if op.name == "node_conv2d + node_relu")
+    assert layer.module
+    assert layer.macs
+    assert len(outcome.ratios) == 1
+    with pytest.raises(UsageError, match="not in threads"):
+        measure([Job(full.path, "tensorrt", "main", threads=2)], "local", Effort(rounds=1, runs=1))
 
 
 @pytest.mark.parametrize(
