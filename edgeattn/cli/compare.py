@@ -65,7 +65,6 @@ def command(a: str, b: str, across: bool, as_json: bool, output: str | None) -> 
 def _show(out: Console, found: Comparison) -> None:
     from rich.text import Text
 
-    from edgeattn.report.records.compare import DRIFT
     from edgeattn.report.records.words import count, plain
 
     if len(found.pairs) > 1:
@@ -77,7 +76,8 @@ def _show(out: Console, found: Comparison) -> None:
             out.print(Text(f"only in {side}: {plain(record.label)} on {plain(record.place.device)}"), soft_wrap=True)
     if found.older:
         out.print(f"{count(found.older, 'older record')} of the same things left out", style="dim")
-    out.print(Text(DRIFT, style="dim"), soft_wrap=True)
+    if found.drift:
+        out.print(Text(found.drift, style="dim"), soft_wrap=True)
 
 
 def _pairs(out: Console, found: Comparison) -> None:

@@ -39,7 +39,7 @@ CLOCK_FALL = 0.10
 #: Spread of the times within blocks, p90 over p50, above which something else kept the machine busy.
 NOISY = 1.25
 #: What a runtime's optimizer adds to the name of an operation.
-_ADDED = re.compile(r"(_nchwc|_nhwc|_fused|_quant|/fused|^fused )")
+_ADDED = re.compile(r"(_token_\d+|_nchwc|_nhwc|_fused|_quant|/fused|^fused )")
 #: Operations that a runtime makes one of, at most.
 _FUSED = 4
 #: Units of Core ML: what each asks for.
@@ -208,7 +208,8 @@ class Builder:
                 operations.append(
                     Operation(
                         name=name,
-                        module=next((part.module for part in parts if part.module), ""),
+                        # Of what is fused, the one that has the weights.
+                        module=next((part.module for part in sorted(parts, key=_less) if part.module), ""),
                         op=op or (parts[0].op if parts else ""),
                         unit=unit,
                         ms=ms,
@@ -338,6 +339,10 @@ def joiner(table: Sequence[OpCost]) -> Callable[[str, str], list[OpCost]]:
     return find
 
 
+def _less(part: OpCost) -> int:
+    return -part.macs
+
+
 def _dtype(precision: str) -> str:
     """What an artifact of that precision multiplies with."""
     return "fp32" if precision in ("w8", "w4") else precision
@@ -455,12 +460,7 @@ def proof_of(bundle: Bundle, backend: str) -> Proof:
     errors = [
         error for block in fused for key, error in (block.get("errors") or {}).items() if key.startswith("float64")
     ]
-    quantized = [
-        {"entry": entry, **operation}
-        for entry, facts in (info.facts.get("entries") or {}).items()
-        if isinstance(facts, dict) and isinstance(facts.get("quantized"), dict)
-        for operation in facts["quantized"].get("operations") or ()
-    ]
+    quantized = (info.facts.get("quantize") or {}).get("weights") or ()
     return Proof(
         worst_relative_l2=max(worst, default=None),
         tolerance=manifest.tolerance,

@@ -218,8 +218,8 @@ class Proof(_Part):
         accuracy, reference_accuracy, samples, metric: on held-out samples, if the recipe has some.
         fused, unfused: blocks that were reparameterized, and that were not. reparam_error: largest relative L2 of a
             block in float64. reparam_model_error: of the whole model in float32. ptq_risk: blocks whose range grew.
-        quantized: modules and what quantizing them did, as far as the export measured it: ``module``, ``bits``,
-            ``error`` (relative L2 of what it gives).
+        quantized: modules whose weights became integers: ``module``, ``bits``, and ``error``, the relative L2 of the
+            rounded weights.
         lint: findings: ``rule``, ``severity``, ``where``, ``text``.
         numerics: by sample and output: ``relative_l2``, ``sqnr_db``, ``max_abs``, ``cosine``.
         versions: of the tools that made the bundle.

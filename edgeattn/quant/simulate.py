@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from edgeattn.capture import ModulePath
 from edgeattn.core.numerics import Array
 from edgeattn.quant.observe import Observer
-from edgeattn.quant.plan import QuantPlan
+from edgeattn.quant.plan import QuantPlan, Scheme
 from edgeattn.quant.rounding import rounded
 from edgeattn.reparam.flow import enclosing
 from edgeattn.reparam.trace import Call, Record, Value, trace
@@ -148,6 +148,29 @@ def rounded_weight(module: nn.Module, bits: int, group: int = 0) -> Tensor:
     rows = _rows(module, weight.detach()).float().cpu().numpy()
     made = torch.from_numpy(rounded(rows, bits, group)).to(weight)
     return _from_rows(module, made, weight)
+
+
+def _scheme(plan: QuantPlan, path: str, module: nn.Module, weight: Tensor) -> Scheme:
+    scheme = plan.scheme(path)
+    return scheme.for_kernel(weight.shape) if isinstance(module, _ConvNd) else scheme
+
+
+def weight_errors(model: nn.Module, plan: QuantPlan) -> list[dict[str, Any]]:
+    """``module``, ``bits`` and ``error`` of every module whose weights become integers: ||rounded - w|| / ||w||.
+
+    As the plan has it, with one scale a channel or a group of inputs; the rounding of a target may be finer or coarser.
+    """
+    found = []
+    for path, module in _weighted(model).items():
+        weight = module._parameters["weight"]
+        assert weight is not None
+        scheme = _scheme(plan, path, module, weight)
+        size = float(weight.detach().double().norm())
+        if scheme.floats or not size:
+            continue
+        away = rounded_weight(module, scheme.weights, scheme.group).double() - weight.detach().double()
+        found.append({"module": path, "bits": scheme.weights, "error": float(away.norm()) / size})
+    return found
 
 
 def _levels(observer: Observer, bits: int, zero_point: bool) -> Round:
@@ -308,11 +331,10 @@ class Simulation:
 
     def _weight(self, path: str) -> Tensor:
         if path not in self._weights:
-            module, scheme = self._modules[path], self.plan.scheme(path)
+            module = self._modules[path]
             weight = module._parameters["weight"]
             assert weight is not None
-            if isinstance(module, _ConvNd):
-                scheme = scheme.for_kernel(weight.shape)
+            scheme = _scheme(self.plan, path, module, weight)
             self._weights[path] = rounded_weight(module, scheme.weights, scheme.group)
         return self._weights[path]
 

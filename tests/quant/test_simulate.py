@@ -182,3 +182,17 @@ def test_operations_are_reached_by_module_and_kind() -> None:
         assert torch.equal(first, again)
         assert not torch.equal(first, model(every[0]))
     assert state(model) == before
+
+
+def test_errors_of_weights_by_module() -> None:
+    from edgeattn.quant.plan import QuantPlan
+    from edgeattn.quant.simulate import weight_errors
+
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[127.0, 1.4], [127.0, 3.0]]))  # a scale of 1 a row: 1.4 becomes 1
+        net[2].weight.copy_(torch.tensor([[0.0, 0.0]]))
+    (only,) = weight_errors(net, QuantPlan("w8"))  # of zeros there is no relative error
+    assert (only["module"], only["bits"]) == ("0", 8)
+    assert only["error"] == pytest.approx(0.4 / (127**2 * 2 + 1.4**2 + 3**2) ** 0.5, rel=1e-4)
+    assert weight_errors(net, QuantPlan("fp32")) == []

@@ -19,6 +19,7 @@ from edgeattn.quant.correct import correct
 from edgeattn.quant.coverage import coverage
 from edgeattn.quant.equalize import equalize
 from edgeattn.quant.plan import BITS
+from edgeattn.quant.simulate import weight_errors
 from edgeattn.reparam.proof import PTQ_GROWTH
 
 #: Ranges are measured on all samples; what they do inside the model is looked at on half of them, but so many at least
@@ -98,7 +99,8 @@ def run(context: Context) -> dict[str, Any]:
         )
     if context.job.steps:  # weights alone, whose rounding needs no samples
         context.values["quantize"] = Quantized(context.value("capture"), ())
-        return {"calibration": None, "words": [], "risks": [], "entries": None}
+        weights = weight_errors(model, context.job.quant)
+        return {"calibration": None, "words": [], "risks": [], "entries": None, "weights": weights}
     stream, words = _stream(context)
     spec = context.job.resolved.recipe.calibration
     about = stream.describe() | ({"source": spec.source} if spec else {})  # as the recipe has it, not where it is here
@@ -121,6 +123,7 @@ def run(context: Context) -> dict[str, Any]:
         used = f"{count} of {of}" if count < of else str(of)
         facts["words"] = [f"{used} samples of {about['source']}", *words, *report["warnings"]]
     program = _prepared(context, stream, facts)
+    facts["weights"] = weight_errors(model, context.job.quant) if context.job.precision != "fp8" else []
     facts["entries"] = program.save(context.out) if program is not context.value("capture") else None
     context.values["quantize"] = Quantized(program, stream)
     return facts

@@ -6,7 +6,18 @@ from typing import Any
 
 from edgeattn.profile.record import Latency, Operation, Record
 from edgeattn.report.records.tables import numerics_table
-from edgeattn.report.records.words import ESTIMATE, error, fallback, lower_is_better, middle, number, p50, plain, score
+from edgeattn.report.records.words import (
+    ESTIMATE,
+    count,
+    error,
+    fallback,
+    lower_is_better,
+    middle,
+    number,
+    p50,
+    plain,
+    score,
+)
 
 #: Latencies of a record that a distribution is drawn from, at even ranks of all that it holds.
 KEPT = 300
@@ -42,6 +53,23 @@ def group(record: Record) -> str:
     return ", ".join(parts)
 
 
+def series_of(record: Record) -> str:
+    """The curve over time that a record belongs to: what was measured, how and where, whatever the version."""
+    parts = [
+        plain(record.subject.bundle),
+        *([plain(record.subject.backend)] * (record.subject.backend != record.subject.target)),
+    ]
+    settings = record.settings
+    how = f"{settings.unit}, {count(settings.threads, 'thread')}" if settings.threads else settings.unit
+    return ", ".join([*parts, plain(record.subject.entry), how, f"batch {settings.batch}", plain(record.place.device)])
+
+
+def over_time(records: list[Record]) -> bool:
+    """Whether something was measured more than once, so that a curve over time says something."""
+    found = [series_of(record) for record in records if record.latency]
+    return len(set(found)) < len(found)
+
+
 def overview(record: Record, name: str, searched: str = "") -> dict[str, Any]:
     """One record's part in the charts of all records."""
     latency, proof, subject = record.latency, record.proof, record.subject
@@ -50,6 +78,10 @@ def overview(record: Record, name: str, searched: str = "") -> dict[str, Any]:
         "name": name,
         "short": f"{plain(subject.model)} {plain(subject.precision)}",
         "group": group(record),
+        "series": series_of(record),
+        "created": record.created,
+        "commit": plain(record.commit[:10]),
+        "version": plain(record.edgeattn),
         "estimated": record.kind == "estimated",
         "searched": searched,
         "p50": short(p50(record)),

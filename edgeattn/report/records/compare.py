@@ -89,6 +89,11 @@ class Pair:
         return one if one == other else f"{one} → {other}"
 
     @property
+    def together(self) -> bool:
+        """Whether their blocks took turns, so that the machine's drift is in both alike."""
+        return bool(self.a.settings.session) and self.a.settings.session == self.b.settings.session
+
+    @property
     def p50_ratio(self) -> float | None:
         """B over A, also of two estimates."""
         if self.ratio:
@@ -105,6 +110,7 @@ class Pair:
             "a": self.a.id,
             "b": self.b.id,
             "ratio": {"p50": self.p50_ratio, **interval},
+            "interleaved": self.together,
             "figures": [{"name": x.name, "unit": x.unit, "a": x.a, "b": x.b} for x in lines(self)],
             "differs": [{"what": what, "a": a, "b": b} for what, a, b in self.differs],
             "across": self.across,
@@ -125,6 +131,11 @@ class Comparison:
     only_b: list[Record] = field(default_factory=list)
     older: int = 0
 
+    @property
+    def drift(self) -> str:
+        """What the ratios are worth where some are of records that were measured apart; else ""."""
+        return "" if all(pair.together for pair in self.pairs) else DRIFT
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
@@ -132,7 +143,7 @@ class Comparison:
             "only_a": [record.id for record in self.only_a],
             "only_b": [record.id for record in self.only_b],
             "older": self.older,
-            "drift": DRIFT,
+            "drift": self.drift,
         }
 
 
@@ -240,8 +251,10 @@ def _ratio(a: Record, b: Record) -> Ratio | None:
     if a.latency is None or b.latency is None:
         return None
     try:
+        if a.settings.session and a.settings.session == b.settings.session:
+            return paired(a.latency, b.latency)
         return ratio(a.latency, b.latency)
-    except (ValueError, ZeroDivisionError):  # no runs were kept, or a clock too coarse for them
+    except (ValueError, ZeroDivisionError):  # too few runs were kept, or a clock too coarse for them
         return None
 
 
@@ -250,6 +263,13 @@ def ratio(a: Latency, b: Latency) -> Ratio:
     from edgeattn.profile.statistics import ratio_of
 
     return ratio_of(a.blocks, b.blocks)
+
+
+def paired(a: Latency, b: Latency) -> Ratio:
+    """B's times over A's, of records whose blocks took turns."""
+    from edgeattn.profile.statistics import paired_ratio
+
+    return paired_ratio(a.blocks, b.blocks)
 
 
 def _changes(a: Record, b: Record) -> tuple[list[Change], str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from edgeattn.report.records.charts import KEPT, evenly, pooled, short
-from edgeattn.report.records.compare import DRIFT, Comparison, Pair, lines, times
+from edgeattn.report.records.compare import Comparison, Pair, lines, times
 from edgeattn.report.records.page import Page, Section, render
 from edgeattn.report.records.tables import Badge, Cell, Column, Table, figure, text
 from edgeattn.report.records.words import NONE, caveats, count, error, number, p50, plain, score
@@ -31,7 +31,7 @@ def page(found: Comparison) -> Page:
     rest = len(found.only_a) + len(found.only_b)
     left = f", {count(rest, 'record')} without their like" if rest else ""
     older = f", {count(found.older, 'older record')} left out" if found.older else ""
-    notes = [DRIFT.replace("`", "")]
+    notes = [found.drift.replace("`", "")] if found.drift else []
     if any(pair.across for pair in found.pairs):
         notes.insert(0, "Across places: some of these records are from different machines, systems or units.")
     return Page(

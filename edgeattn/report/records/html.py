@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgeattn.profile.record import Record
-from edgeattn.report.records.charts import detail, metrics, overview
+from edgeattn.report.records.charts import detail, metrics, over_time, overview
 from edgeattn.report.records.page import Page, Section, render
 from edgeattn.report.records.tables import (
     caveat_table,
@@ -115,6 +115,9 @@ def _of_all(records: list[Record], called: list[str]) -> list[Section]:
                 choices=(("violin", "violins"), ("ecdf", "share of runs within a time")),
             )
         )
+    if over_time(records):
+        words = "Medians with their intervals, in ms, by when they were measured; a label has commit and version."
+        found.append(Section("time", "Over time", words, chart="time"))
     if found_metrics := metrics(records):
         found.append(
             Section(
@@ -191,7 +194,7 @@ def _of_one(records: list[Record]) -> list[Section]:
         words = "Operations against what the device could do at most: slanted for its memory, flat for its arithmetic."
         found.append(Section("roofline", "Roofline", words, chart="roofline", one=True))
     if any(record.proof.quantized for record in records):
-        words = "Relative L2 of what a quantized module gives, the worst ones."
+        words = "Relative L2 of the rounded weights of each module, the worst ones."
         found.append(Section("quantized", "Quantization error", words, chart="quantized", one=True))
     if any(record.latency and p50(record) for record in records):
         words = "Each run's latency in ms: a slope is drift, a step is throttling."

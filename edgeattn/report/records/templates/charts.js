@@ -122,6 +122,34 @@ function latency(state, choice) {
   return distribution(series, choice, "latency, ms");
 }
 
+// What was measured again and again, as a line each.
+function time(state) {
+  const lines = new Map();
+  for (const record of state.shown) {
+    if (record.estimated || !known(record.p50)) continue;
+    if (!lines.has(record.series)) lines.set(record.series, []);
+    lines.get(record.series).push(record);
+  }
+  const found = [...lines].filter(([, records]) => records.length > 1).slice(0, ROWS);
+  if (!found.length) return null;
+  const traces = found.map(([name, records], i) => {
+    const sorted = [...records].sort((a, b) => (a.created < b.created ? -1 : 1));
+    return {
+      type: "scatter", mode: "lines+markers", name: tick(name), x: sorted.map((r) => r.created), y: sorted.map((r) => r.p50),
+      error_y: { type: "data", symmetric: false, array: sorted.map((r) => r.high - r.p50), arrayminus: sorted.map((r) => r.p50 - r.low), thickness: 1.2, width: 3 },
+      line: { color: colour(i), width: 1.5 }, marker: { color: colour(i), size: 7 }, hoverinfo: "text",
+      hovertext: sorted.map((r) => `${esc(name)}<br>${digits(r.p50)} ms (${digits(r.low)} to ${digits(r.high)})<br>${esc(r.created.slice(0, 19).replace("T", " "))}${r.commit ? `, commit ${esc(r.commit)}` : ""}, EdgeAttn ${esc(r.version)}`),
+    };
+  });
+  const legend = { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: narrow() ? 10 : 12 } };
+  const high = found.length * (narrow() ? 22 : 20);
+  const values = found.flatMap(([, records]) => records.map((r) => r.p50));
+  return {
+    traces, layout: { height: 380 + high, legend, showlegend: true, margin: { l: 10, r: 16, t: 18, b: 60 + high },
+      xaxis: { type: "date" }, yaxis: msAxis(values, "p50, ms") },
+  };
+}
+
 // The best of a device: nothing is faster and at least as good.
 function front(points, lower) {
   const better = (a, b) => (lower ? a < b : a > b);
@@ -242,4 +270,4 @@ function ratios(state) {
   return { traces, layout: { height: rowsHeight(labels), shapes, yaxis: { ...rows(labels), showgrid: true }, xaxis: axis } };
 }
 
-const charts = { ratios, latency, pareto, memory, times, fallback };
+const charts = { ratios, latency, time, pareto, memory, times, fallback };
