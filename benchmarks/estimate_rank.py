@@ -4,8 +4,9 @@ python benchmarks/estimate_rank.py [--work FOLDER] [--rounds 15] [--operations] 
 
 Every model is exported to ONNX in float32 in its deploy form, kept in --work for the next time, and runs on one thread;
 rounds over all models are interleaved, a model's time is the median over rounds. No number of the estimate is fitted,
-but its rules were chosen with the default models at hand: --held-out takes architectures that were not. Weights are random, but for the checkpoints that EdgeAttn ships. --operations profiles every model, and
-ranks its operations too: an operation that the runtime made part of another counts to that one.
+but its rules were chosen with the default models at hand: --held-out takes architectures that were not. Weights are
+random, but for the checkpoints that EdgeAttn ships. --operations profiles every model, and ranks its operations too: an
+operation that the runtime made part of another counts to that one.
 """
 
 from __future__ import annotations
