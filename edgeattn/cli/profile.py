@@ -103,12 +103,17 @@ def command(
         run.Wanted(backend, entry, threads or (), batch or (), precisions),
     )
 
+    unkept: list[EdgeAttnError] = []
+
     def keep(records: Sequence[Record]) -> None:
         """Before anything is shown: what was measured is not lost to whatever comes after."""
         if output is not None:
             write_whole(Path(output), to_json(records).encode())
-        if history:
-            store.append(records)
+        try:
+            if history:
+                store.append(records)
+        except EdgeAttnError as error:  # the records are shown all the same
+            unkept.append(error)
 
     if estimate:
         outcome = run.Outcome(run.estimate(jobs, device))
@@ -123,13 +128,15 @@ def command(
     else:
         _show(outcome)
         if output is not None:
-            click.echo(f"wrote {output}")
+            click.echo(f"wrote {output}; edgeattn report {output} -o report.html makes a page of it")
     if outcome.stopped is not None:
         if isinstance(outcome.stopped, EdgeAttnError):
             outcome.stopped.details = [*outcome.stopped.details, *_kept(outcome)]
         raise outcome.stopped
     if outcome.failed:
         raise outcome.failed[0][1]
+    if unkept:
+        raise unkept[0]
 
 
 def _kept(outcome: Outcome) -> list[str]:

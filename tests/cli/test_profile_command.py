@@ -154,6 +154,16 @@ def test_a_bundle_of_an_older_runner(edgeattn_cli: Cli, digits: Bundle, tmp_path
     assert "older EdgeAttn" in done.stderr
 
 
+def test_a_history_that_cannot_be_written_loses_nothing(edgeattn_cli: Cli, digits: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "history.sqlite").write_bytes(b"damaged" * 1000)
+    words = ("--rounds", "1", "--runs", "2", "--no-ops", "-o", tmp_path / "r.json")
+    done = edgeattn_cli("profile", digits.path, *words, EDGEATTN_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert "the history is damaged" in done.stderr
+    assert "fmvit-digits.onnx.fp32" in done.stdout
+    assert parse(json.loads((tmp_path / "r.json").read_text()), "r.json")
+
+
 def test_the_history(edgeattn_cli: Cli, tmp_path: Path) -> None:
     home = {"EDGEATTN_HOME": str(tmp_path)}
     empty = edgeattn_cli("history", **home)
