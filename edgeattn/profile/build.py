@@ -329,7 +329,7 @@ def joiner(table: Sequence[OpCost]) -> Callable[[str, str], list[OpCost]]:
         return [last]
 
     def find(name: str, kind: str) -> list[OpCost]:
-        words = [name, _ADDED.sub("", name), *re.split(r"[.]{3}|[^\w./:-]+", name)]
+        words = [name, _ADDED.sub("", name), name.partition("/")[0], *re.split(r"[.]{3}|[^\w./:-]+", name)]
         found = list({id(known[word]): known[word] for word in words if word in known}.values())
         plain = kind.removeprefix("Fused").removeprefix("QLinear")
         if len(found) == 1 and plain and found[0].op not in (kind, plain):

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,7 @@ from edgeattn.core.errors import CheckFailed, ToolchainMissing
 from edgeattn.profile.transports.base import PROBE, found_of, parse_answer
 from edgeattn.profile.transports.ssh import Ssh
 from tests.bundle.mac import make_bundle, make_mac
-from tests.profile.sshd import Sshd, needed
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    needed()
-    made = Sshd(tmp_path / "ssh")
-    made.make()
-    made.start()
-    monkeypatch.setenv("HOME", str(made.home))
-    yield made
-    made.stop()
+from tests.profile.sshd import Sshd
 
 
 @pytest.fixture(scope="module")

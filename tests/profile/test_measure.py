@@ -22,12 +22,11 @@ from edgeattn.profile import measure, store
 from edgeattn.profile.build import flags_of, latency_of, states_of
 from edgeattn.profile.measure import Effort, Job, Measured, Session
 from edgeattn.profile.record import read
-from edgeattn.profile.transports import ssh
 from edgeattn.profile.transports.base import Found, Say, Transport, silent
 from edgeattn.profile.transports.live import Live, Start
 from edgeattn.profile.transports.local import Local
 from edgeattn.profile.transports.ssh import Ssh
-from tests.profile.sshd import Sshd, needed
+from tests.profile.sshd import Sshd
 
 QUICK = Effort(rounds=2, runs=6, warmup=1, operations=False)
 
@@ -70,19 +69,6 @@ def test_a_bundle_that_fails_leaves_the_others_alone(digits: Bundle, tmp_path: P
     assert len(session.done[1].blocks) == 2
     with pytest.raises(CheckFailed, match="was changed"):
         Session(jobs[:1], Local(), QUICK).run()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    needed()
-    made = Sshd(tmp_path / "ssh")
-    made.make()
-    made.start()
-    monkeypatch.setenv("HOME", str(made.home))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.setattr(ssh, "PAUSE_S", 0.05)
-    yield made
-    made.stop()
 
 
 def test_bundles_take_turns_over_ssh_and_nothing_stays(server: Sshd, digits: Bundle, digits_tflite: Bundle) -> None:

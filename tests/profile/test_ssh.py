@@ -20,21 +20,7 @@ from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed, DeviceUnreachable, ToolchainMissing, UsageError
 from edgeattn.profile.transports import ssh
 from edgeattn.profile.transports.ssh import Ssh
-from tests.profile.sshd import Proxy, Sshd, free_port, needed
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    needed()
-    made = Sshd(tmp_path / "ssh")
-    made.make()
-    made.start()
-    monkeypatch.setenv("HOME", str(made.home))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.delenv("EDGEATTN_SSH_PASSWORD", raising=False)
-    monkeypatch.setattr(ssh, "PAUSE_S", 0.05)
-    yield made
-    made.stop()
+from tests.profile.sshd import Proxy, Sshd, free_port
 
 
 def transport(server: Sshd, port: int | None = None, **options: str) -> Ssh:
