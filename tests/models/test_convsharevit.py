@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,8 +47,6 @@ def apart(got: Tensor, expected: Tensor) -> float:
 
 def vision_transformer(**options: Any) -> nn.Module:
     """A small ViT of timm whose width is a square, with random weights throughout."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
     import_timm()
     from timm.models.vision_transformer import VisionTransformer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -336,12 +336,3 @@ def direct(x: Tensor, kernels: Tensor, work: Workload) -> Tensor:
     padded = torch.nn.functional.pad(x.flatten(1, 2), pads)
     y = torch.nn.functional.conv2d(padded, weight, stride=work.stride, groups=work.groups)
     return y.reshape(len(x), work.groups, work.kernels, *work.out)
-
-
-def blocks_of(plan: Plan) -> Iterator[tuple[int, int, int]]:
-    """(group, kernel, channel) of every mask, in the order in which masks are shown."""
-    groups, _, kernels, channels = plan.blocks
-    for group in range(groups):
-        for channel in range(channels):
-            for kernel in range(kernels):
-                yield group, kernel, channel

@@ -74,7 +74,8 @@ def _part(
     if not given:
         return None
     taken = [v for v, turns in read_by.items() if turn in turns and v not in made and not v.is_initializer()]
-    outside = [v for v in taken if v.graph is model.graph or v.producer() is None]
+    # What an inner graph (a branch) has for itself is inside of the node that holds it.
+    outside = [v for v in taken if v.graph is model.graph]
     graph = ir.convenience.extract(model.graph, outside, given)
     graph.name = "main"
     graph.metadata_props.clear()

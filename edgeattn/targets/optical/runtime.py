@@ -10,8 +10,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from edgeattn.core.files import inside
 from edgeattn.core.numerics import Array
-from edgeattn.device import Effects, Optics
+from edgeattn.device import Effects
 from edgeattn.targets.base import Artifact, Step, TraceValue, entry_of
 from edgeattn.targets.feeds import check_feeds
 from edgeattn.targets.onnx_graph.execute import Tracer, graph_steps, make_session
@@ -24,13 +25,11 @@ class OpticalRuntime:
 
     Args:
         effects: of the hardware; an ideal correlator, which convolves and nothing else, without.
-        optics: planes, where they are not those that the program was made for.
     """
 
-    def __init__(self, artifact: Artifact, effects: Effects | None = None, optics: Optics | None = None) -> None:
+    def __init__(self, artifact: Artifact, effects: Effects | None = None) -> None:
         self._artifact = artifact
         self._effects = effects
-        self._optics = optics
         self._generator = torch.Generator().manual_seed(effects.seed if effects else 0)
         self._programs: dict[str, OpticalProgram] = {}
         self._sessions: dict[Path, ort.InferenceSession] = {}
@@ -65,7 +64,7 @@ class OpticalRuntime:
         known = [dict(feeds) for feeds in samples]
         for turn in program.turns:
             if turn.electronics:
-                session = self._session(folder / turn.electronics)
+                session = self._session(inside(folder, turn.electronics))
                 wanted = [value.name for value in session.get_outputs()]
                 for values in known:
                     given = {value.name: values[value.name] for value in session.get_inputs()}
@@ -83,11 +82,12 @@ class OpticalRuntime:
     def _optical(
         self, op: Operation, folder: Path, program: OpticalProgram, known: Sequence[Mapping[str, Array]]
     ) -> Iterator[Array]:
-        place = folder / op.masks
+        place = inside(folder, op.masks)
         if place not in self._convolvers:
             kernels = torch.from_numpy(op.kernels(folder))
-            optics = self._optics or program.optics
-            self._convolvers[place] = Convolver(kernels, op.work, optics, self._effects, self._generator, self._masks)
+            self._convolvers[place] = Convolver(
+                kernels, op.work, program.optics, self._effects, self._generator, self._masks
+            )
             self._biases[place] = op.offset(folder)
         maps = torch.cat([op.layout.maps(torch.from_numpy(values[op.input])) for values in known])
         with torch.no_grad():
@@ -107,11 +107,11 @@ class OpticalRuntime:
         for turn in program.turns:
             if turn.electronics:
                 given = {name: known[name] for name in self._reads(folder, turn)}
-                for item in Tracer(ir.load(folder / turn.electronics), wanted).over([given]):
+                for item in Tracer(ir.load(inside(folder, turn.electronics)), wanted).over([given]):
                     if item.name not in shown:  # what a turn reads has been made, and shown, by another
                         yield item
                     shown.add(item.name)
-                session = self._session(folder / turn.electronics)
+                session = self._session(inside(folder, turn.electronics))
                 made = [value.name for value in session.get_outputs()]
                 known.update(zip(made, session.run(made, given), strict=True))
             for op in turn.optics:
@@ -121,13 +121,13 @@ class OpticalRuntime:
                     yield TraceValue(op.output, op.module, op.op, known[op.output])
 
     def _reads(self, folder: Path, turn: Turn) -> list[str]:
-        return [value.name for value in self._session(folder / turn.electronics).get_inputs()]
+        return [value.name for value in self._session(inside(folder, turn.electronics)).get_inputs()]
 
     def steps(self, entry: str) -> list[Step]:
         """The nodes of the electronics, and the optical operations."""
         folder, found = self.folder(entry), []
         for turn in self.program(entry).turns:
             if turn.electronics:
-                found += graph_steps(ir.load(folder / turn.electronics).graph)
+                found += graph_steps(ir.load(inside(folder, turn.electronics)).graph)
             found += [Step((op.output,), (op.input,), op.module, op.op) for op in turn.optics]
         return found
