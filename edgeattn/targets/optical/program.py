@@ -20,6 +20,7 @@ from edgeattn.targets.optical.schedule import Plan, Workload, plain
 FILE = "program.json"
 #: Of the format; a reader refuses others.
 VERSION = 1
+AGAIN = "copy the bundle again, or export anew"
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,31 @@ class Operation:
     error: float
 
     def kernels(self, folder: Path) -> Array:
-        """Kernels (groups, kernels, channels, N1, N2), as they convolve."""
-        found: Array = np.load(inside(folder, self.masks), allow_pickle=False)
+        """Kernels (groups, kernels, channels, N1, N2), as they convolve. Raises CheckFailed: not such a file."""
+        wanted = (self.work.groups, self.work.kernels, self.work.channels)
+        found = _array(inside(folder, self.masks))
+        if found.ndim != 5 or found.shape[:3] != wanted:
+            why = f"it holds {found.shape}, the program wants {(*wanted, 'N1', 'N2')}"
+            raise CheckFailed("masks do not fit their program", where=str(folder / self.masks), why=why, fix=AGAIN)
         return found
 
     def offset(self, folder: Path) -> Array | None:
         """The bias."""
-        return np.load(inside(folder, self.bias), allow_pickle=False) if self.bias else None
+        return _array(inside(folder, self.bias)) if self.bias else None
+
+
+def _array(path: Path) -> Array:
+    """The array of a .npy file.
+
+    Raises:
+        CheckFailed: it is missing or damaged; code in it is not run.
+    """
+    try:
+        found: Array = np.load(path, allow_pickle=False)
+        return found
+    except (OSError, ValueError, EOFError) as error:
+        why = str(error).splitlines()[0]
+        raise CheckFailed("a file of an optical bundle cannot be read", where=str(path), why=why, fix=AGAIN) from error
 
 
 @dataclass(frozen=True)
