@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import click
 
@@ -110,3 +111,31 @@ def read_feeds(texts: tuple[str, ...], option: str) -> dict[str, Array]:
             why = "it holds several arrays"
             raise UsageError("an input cannot be read", value=text, where=option, why=why, fix="use numpy.save")
     return feeds
+
+
+@overload
+def output_file(output: str, *kinds: str) -> Path: ...
+@overload
+def output_file(output: None, *kinds: str) -> None: ...
+def output_file(output: str | None, *kinds: str) -> Path | None:
+    """The file of ``--output``, whose folder can be written; looked at before the work, not after.
+
+    Args:
+        kinds: suffixes that there are, the usual one first.
+
+    Raises:
+        UsageError: another suffix, a folder in its place, or a folder that cannot be written.
+    """
+    from edgeattn.core.errors import UsageError
+    from edgeattn.core.files import check_writable
+
+    if output is None:
+        return None
+    file = Path(output)
+    if file.suffix.lower() not in kinds:
+        fix = f"--output {file.with_suffix(kinds[0]) if file.name else 'file' + kinds[0]}"
+        raise UsageError(f"it is written as {' or '.join(kinds)}", value=output, where="--output", fix=fix)
+    if file.is_dir():
+        raise UsageError("the file cannot be written", value=output, where="--output", why="a folder is in its place")
+    check_writable(file.resolve().parent)
+    return file

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeattn.cli._options import output_file
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,15 +37,11 @@ def command(a: str, b: str, across: bool, as_json: bool, output: str | None) -> 
     import json
 
     from edgeattn.cli._show import console
-    from edgeattn.core.errors import UsageError
-    from edgeattn.core.files import check_writable, write_whole
+    from edgeattn.core.files import write_whole
     from edgeattn.profile.record import read
     from edgeattn.report.records.compare import compare
 
-    file = Path(output) if output else None
-    if file is not None and file.suffix.lower() not in (".html", ".htm"):
-        fix = f"--output {file.with_suffix('.html') if file.name else 'compare.html'}"
-        raise UsageError("the page is HTML", value=output, where="--output", fix=fix)
+    file = output_file(output, ".html", ".htm")
     if file is not None:
         from edgeattn.report.records.page import check_installed
 
@@ -52,7 +50,6 @@ def command(a: str, b: str, across: bool, as_json: bool, output: str | None) -> 
     if file is not None:
         from edgeattn.report.records.compare_html import html
 
-        check_writable(file.parent)
         write_whole(file, html(found).encode())
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1, allow_nan=False, ensure_ascii=False))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
+
+from edgeattn.cli._options import output_file
 
 
 @click.command("history", short_help="Show what was measured before, by model and device.")
@@ -29,29 +29,26 @@ def command(
     from rich.markup import escape
 
     from edgeattn.cli._show import console, table
-    from edgeattn.core.errors import UsageError, unknown
-    from edgeattn.core.files import check_writable, write_whole
+    from edgeattn.core.errors import unknown
+    from edgeattn.core.files import write_whole
     from edgeattn.profile import store
     from edgeattn.profile.record import to_json
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    kind = Path(output).suffix.lower() if output else ""
-    if output is not None:
-        if kind not in (".json", ".csv", ".html"):
-            raise UsageError("the history is written as .json, .csv or .html", value=output, where="--output")
-        check_writable(Path(output).resolve().parent)
+    file = output_file(output, ".html", ".json", ".csv")
     records = store.find(model, device, last)
     if not records and model is not None and model not in (known := store.names()):
         raise unknown("model", model, known, where=str(store.path()), fix="" if known else "edgeattn profile BUNDLE")
-    if output is not None:
+    if file is not None:
+        kind = file.suffix.lower()
         if kind == ".html":
             from edgeattn.report.records.html import html
 
             text = html(records)
         else:
             text = to_json(records) if kind == ".json" else store.to_csv(records)
-        write_whole(Path(output), text.encode())
+        write_whole(file, text.encode())
     if as_json or as_csv:
         click.echo(to_json(records) if as_json else store.to_csv(records), nl=False)
         return
@@ -73,5 +70,5 @@ def command(
     out.print(rows)
     if not records:
         out.print("nothing was measured yet: edgeattn profile BUNDLE")
-    if output is not None:
+    if file is not None:
         click.echo(f"wrote {output}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from edgeattn.cli._options import output_file
 
 if TYPE_CHECKING:
     from edgeattn.report.optics import Shown
@@ -56,15 +57,9 @@ def show(
     from edgeattn.pipeline import optics
     from edgeattn.report.optics import Shown, write
 
-    file = Path(output) if output else None
-    if file is not None and file.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(
-            "the page is HTML", value=output, where="--output", fix=f"--output {file.with_suffix('.html')}"
-        )
+    file = output_file(output, ".html", ".htm")
     if on is not None and not curves:
         raise UsageError("--on is the number of samples for the curves", value=on, fix=f"--curves --on {on}")
-    if file is not None and file.is_dir():
-        raise UsageError("the page cannot be written", value=output, where="--output", why="a folder is in its place")
     opened = optics.open_optical(Bundle.open(bundle), entry)
     op = opened.operation(operation)
     if curves:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from edgeattn.cli._options import output_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,17 +87,13 @@ def command(
       edgeattn profile out/fmvit-digits.tflite.fp32 --estimate --device raspberry-pi-5
     """
     from edgeattn.cli._show import Status
-    from edgeattn.core.errors import EdgeAttnError, UsageError
-    from edgeattn.core.files import check_writable, write_whole
+    from edgeattn.core.errors import EdgeAttnError
+    from edgeattn.core.files import write_whole
     from edgeattn.profile import run, store
     from edgeattn.profile.measure import Effort
     from edgeattn.profile.record import to_json
 
-    if output is not None:
-        if Path(output).suffix.lower() != ".json":
-            fix = f"--output {Path(output).with_suffix('.json')}"
-            raise UsageError("records are JSON", value=output, where="--output", fix=fix)
-        check_writable(Path(output).resolve().parent)
+    file = output_file(output, ".json")
     precisions = tuple(filter(None, (precision or "").split(",")))
     jobs = run.jobs_of(
         run.select(bundles, precisions),
@@ -107,8 +104,8 @@ def command(
 
     def keep(records: Sequence[Record]) -> None:
         """Before anything is shown: what was measured is not lost to whatever comes after."""
-        if output is not None:
-            write_whole(Path(output), to_json(records).encode())
+        if file is not None:
+            write_whole(file, to_json(records).encode())
         try:
             if history:
                 store.append(records)
@@ -127,7 +124,7 @@ def command(
         click.echo(to_json(outcome.records, run.pairs(outcome.records, outcome.ratios)), nl=False)
     else:
         _show(outcome)
-        if output is not None:
+        if file is not None:
             click.echo(f"wrote {output}; edgeattn report {output} -o report.html makes a page of it")
     if outcome.stopped is not None:
         if isinstance(outcome.stopped, EdgeAttnError):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgeattn.cli._options import output_file
+
 #: What the output's suffix asks for.
 _FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
 
@@ -26,26 +28,17 @@ def command(records: tuple[str, ...], output: str) -> None:
       edgeattn report pi.json -o report.md
     """
     from edgeattn.cli._show import Status
-    from edgeattn.core.errors import UsageError
-    from edgeattn.core.files import check_writable, write_whole
+    from edgeattn.core.files import write_whole
     from edgeattn.profile.record import read, to_json
     from edgeattn.report.records.words import count, merge
 
-    file = Path(output)
-    form = _FORMATS.get(file.suffix.lower())
-    if form is None:
-        raise UsageError(
-            "a report is HTML, Markdown or JSON",
-            value=output,
-            where="--output",
-            fix=f"--output {file.with_suffix('.html') if file.name else 'report.html'}, or .md or .json",
-        )
+    file = output_file(output, *_FORMATS)
+    form = _FORMATS[file.suffix.lower()]
     if form == "html":
         from edgeattn.report.records.page import check_installed
 
         check_installed()
     found = merge(read(Path(name)) for name in records)
-    check_writable(file.parent)
     with Status() as status:
         status.say(f"writing {file}")
         if form == "html":

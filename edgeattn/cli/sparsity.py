@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeattn.cli._options import model_options, parse_args
+from edgeattn.cli._options import model_options, output_file, parse_args
 
 if TYPE_CHECKING:
     from edgeattn.pipeline.sparsity import Sparsity
@@ -42,18 +42,10 @@ def command(
 
     from edgeattn import recipe
     from edgeattn.cli._show import Status
-    from edgeattn.core.errors import UsageError
-    from edgeattn.core.files import check_writable
     from edgeattn.pipeline.sparsity import find_sparsity
     from edgeattn.report.sparsity import write
 
-    file = Path(output) if output else None
-    if file is not None and file.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(
-            "the page is HTML", value=output, where="--output", fix=f"--output {file.with_suffix('.html')}"
-        )
-    if file is not None:
-        check_writable(file.parent)
+    file = output_file(output, ".html", ".htm")
     resolved = recipe.resolve(
         model, inputs=inputs, checkpoint=Path(checkpoint) if checkpoint else None, args=parse_args(args)
     )
