@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -113,7 +114,8 @@ def timings(
     times: list[float] = []
     begun = time.perf_counter()
     if _SAY:
-        times = _on_demand(timed, {**(about or {}), **ready})
+        place = {"python": sys.version.split()[0], "machine": platform.machine(), **run.own("state").about()}
+        times = _on_demand(timed, {**(about or {}), **ready, **place})
     else:
         while not _enough(len(times), time.perf_counter() - begun, runs, least):
             times.append(timed())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,32 +184,30 @@ class Session:
         try:
             for one in order:
                 self._say(f"{words}: {one.job.bundle.name} warms up")
-                try:
+                with self._noting(one):
                     live = start(one.job.bundle, [*one.job.words, "--paced", *warmup])
                     lives.append((one, live))
-                    ready = live.ready()
-                except EdgeAttnError as error:
-                    self._note_failure(one, error)
-                    lives = [pair for pair in lives if pair[0] is not one]
-                    continue
-                one.ready.append(ready)
-                one.blocks.append([])
-                self._state(one, "before" if len(one.ready) == 1 else "during", ready["before"])
-                if one is order[0]:
-                    self._cool_down(one, live, words)
+                    one.ready.append(live.ready())
+                    one.blocks.append([])
+                    self._state(one, "before" if len(one.ready) == 1 else "during", one.ready[-1]["before"])
+                    if one is order[0]:
+                        self._cool_down(one, live, words)
             count = BLOCKS if effort.runs is None else min(BLOCKS, effort.runs)
             for block in range(count):
                 least = 1 if effort.runs is None else effort.runs // count + (block < effort.runs % count)
                 seconds = BLOCK_S if effort.runs is None else 0.0
                 self._say(f"{words}, block {block + 1} of {count}{self._so_far(order)}")
                 # There and back: drift within two blocks meets all alike.
-                for one, live in lives if block % 2 == 0 else reversed(lives):
-                    one.blocks[-1].append(live.ask("times", seconds=seconds, least=least))
-            for one, live in lives:
-                self._state(one, "during", live.ask("state", state=True))
-                result = live.finish()
-                one.results.append(result)
-                self._state(one, "after", result["after"])
+                alive = [pair for pair in lives if pair[0].failed is None]
+                for one, live in alive if block % 2 == 0 else reversed(alive):
+                    with self._noting(one):
+                        one.blocks[-1].append(live.ask("times", seconds=seconds, least=least))
+            for one, live in (pair for pair in lives if pair[0].failed is None):
+                with self._noting(one):
+                    self._state(one, "during", live.ask("state", state=True))
+                    result = live.finish()
+                    one.results.append(result)
+                    self._state(one, "after", result["after"])
         finally:
             for _, live in lives:
                 live.kill()
@@ -217,11 +216,15 @@ class Session:
                     one.blocks.pop()
                     one.ready.pop()
 
-    def _note_failure(self, one: Measured, error: EdgeAttnError) -> None:
-        """A job that cannot be measured leaves the others alone, unless it is the only one or the device is gone."""
-        if error.exit_code == 5 or len(self.done) == 1:
-            raise error
-        one.failed = error
+    @contextmanager
+    def _noting(self, one: Measured) -> Iterator[None]:
+        """A job that fails leaves the others alone, unless it is the only one or the device is gone."""
+        try:
+            yield
+        except EdgeAttnError as error:
+            if error.exit_code == 5 or len(self.done) == 1:
+                raise
+            one.failed = error
 
     def _so_far(self, order: list[Measured]) -> str:
         """The medians of what was measured, for the line of progress."""
@@ -257,15 +260,13 @@ class Session:
             more = [text for name, count in counts.items() if count is not None for text in (name, str(count))]
             live = start(one.job.bundle, [*one.job.words, *more])
             try:
-                result = live.finish()
-            except EdgeAttnError as error:
-                self._note_failure(one, error)
-                continue
+                with self._noting(one):
+                    result = live.finish()
+                    one.results.append(result)
+                    for when in ("before", "after"):
+                        self._state(one, when, result[when])
             finally:
                 live.kill()
-            one.results.append(result)
-            for when in ("before", "after"):
-                self._state(one, when, result[when])
 
     def _operations(self, one: Measured, start: Start) -> None:
         """Each operation's time, in a process of its own: a profiler slows what it measures."""

@@ -71,6 +71,29 @@ def test_a_bundle_that_fails_leaves_the_others_alone(digits: Bundle, tmp_path: P
         Session(jobs[:1], Local(), QUICK).run()
 
 
+def test_a_runner_that_crashes_in_the_middle_leaves_the_others_alone(digits: Bundle, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(digits.path, tmp_path / "broken"))
+    source = (broken / "run_profile.py").read_text()
+    count = "        execute(feeds)\n"
+    assert source.count(count) == 1
+    crash = f"        if len(_CALLS) > 9: os.kill(os.getpid(), 11)\n        _CALLS.append(1)\n{count}"
+    (broken / "run_profile.py").write_text(
+        source.replace(count, crash).replace("_SAY: list", "_CALLS = []\n_SAY: list")
+    )
+    run = (broken / "run.py").read_text()  # whose look at the files would find the change
+    (broken / "run.py").write_text(run.replace("    check_files(manifest)\n", ""))
+    jobs = [Job(broken, "onnx", "main", 1), Job(digits.path, "onnx", "main", 1)]
+    session = Session(jobs, Local(), Effort(rounds=3, runs=16, warmup=1, operations=False))
+    session.run()
+    crashed, whole = session.done
+    assert crashed.failed is not None
+    assert "SIGSEGV" in str(crashed.failed.why)
+    assert [len(process) for process in whole.blocks] == [8, 8, 8]
+    assert 0 < sum(map(len, crashed.blocks)) < 16
+    with pytest.raises(CheckFailed, match="crashed"):
+        Session(jobs[:1], Local(), Effort(rounds=3, runs=16, warmup=1, operations=False)).run()
+
+
 def test_bundles_take_turns_over_ssh_and_nothing_stays(server: Sshd, digits: Bundle, digits_tflite: Bundle) -> None:
     jobs = [Job(digits.path, "onnx", "main", 1), Job(digits_tflite.path, "tflite", "main", 1)]
     session = Session(jobs, Ssh(server.url, python=sys.executable), QUICK)
