@@ -28,7 +28,9 @@ def command(context: click.Context) -> None:
         except UsageError as error:
             broken.append(f"[red]not valid[/red]  {escape(f'{path}: {error.why or error.what}')}")
             continue
-        cpu = f"{found.cores} x {found.cpu}" if found.cores and found.cpu else found.cpu or found.chip or ""
+        # A phone has cores of several kinds; its chip says it shorter.
+        alike = found.cores and found.cpu and "," not in found.cpu
+        cpu = f"{found.cores} x {found.cpu}" if alike else found.chip or found.cpu or ""
         address = "local" if found.kind == "host" else found.connect or ("emulated" if found.emulate else "")
         texts = (cpu, str(found.os_bits or ""), ", ".join(found.targets), ", ".join(found.runtimes.values()), address)
         rows.add_row(name, *map(escape, texts))
