@@ -46,8 +46,8 @@ OPERATIONS = {
     "Cortex-A72": {"fp32": 8},
     "Cortex-A76": {"fp32": 16, "fp16": 32, "w8a8": 64},
     "Neoverse N1": {"fp32": 16, "fp16": 32, "w8a8": 64},
-    "AMD Ryzen 7 5700X": {"fp32": 32},
-    "Intel Xeon Platinum 8275CL": {"fp32": 64, "w8a8": 256},
+    "Ryzen 7 5700X": {"fp32": 32},
+    "Xeon 8275CL": {"fp32": 64, "w8a8": 256},
 }
 #: Compute capability, flavour of TensorRT, memory.
 NVIDIA = {
