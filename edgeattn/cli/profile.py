@@ -49,9 +49,9 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Fresh processes of each. [default: 10 of several; 4 to 12 of one, until its interval is narrow]",
+    help="Fresh processes of each. [default: 16 of several; 4 to 12 of one, until its interval is narrow]",
 )
-@click.option("--runs", type=click.IntRange(min=1), help="Timed runs of each process. [default: for 0.8 s]")
+@click.option("--runs", type=click.IntRange(min=1), help="Timed runs of each process. [default: for half a second]")
 @click.option("--warmup", type=click.IntRange(min=0), help="Runs before. [default: until the times are stable]")
 @click.option("--within", default=2.0, show_default=True, help="Percent of the median that is narrow enough.")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds after which no further round begins.")

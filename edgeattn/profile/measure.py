@@ -16,10 +16,10 @@ from edgeattn.profile.transports.base import Say, Transport, silent
 from edgeattn.profile.transports.live import Live, Start
 
 #: Blocks of a process, and how long one lasts at least: short, so that neighbours meet the same machine.
-BLOCKS, BLOCK_S = 8, 0.1
+BLOCKS, BLOCK_S = 6, 0.08
 #: Rounds, without ``Effort.rounds``: with several jobs always so many, for their ratio needs independent processes; of
 #: one alone until its interval is narrow.
-TOGETHER, ALONE, ALONE_MOST = 10, 4, 12
+TOGETHER, ALONE, ALONE_MOST = 16, 4, 12
 #: Of a backend whose processes do not take turns: they measure several units, and compile before.
 WHOLE, WHOLE_TOGETHER = 1, 5
 #: Jobs whose processes live at the same time, at most.

@@ -21,6 +21,8 @@ Array = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 #: Resamplings of a bootstrap, and into how many steps of equal count the times are sorted for it.
 DRAWS, BINS = 2000, 400
+#: Processes below which order statistics alone say too little.
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ def paired_ratio(a: Blocks, b: Blocks, confidence: float = CONFIDENCE) -> Ratio:
     """B's times over A's, where the blocks of process i of both took turns.
 
     A pair of neighbouring blocks has met the same machine: the ratio of their medians is what is looked at. Its median
-    over the blocks of a process is the process's, and processes are what the interval is over. That is the wider one of
-    two: Student's over the logarithms, and the one of the order statistics, which asks nothing of their distribution
-    and holds where one of them is far off.
+    over the blocks of a process is the process's, and processes are what the interval is over: two of their sorted
+    values, one rank further out than the median's order statistics ask for, as processes of one session are not quite
+    independent. That asks nothing of how they are distributed, and some may be far off. Of fewer than ``FEW`` it is
+    Student's over the logarithms where that is wider.
 
     Raises:
         ValueError: fewer than two processes have blocks of both.
@@ -144,24 +147,23 @@ def _over_rounds(logs: Array, confidence: float) -> Ratio:
     if len(logs) < 2:
         raise ValueError("a ratio needs two pairs of processes at least")
     middle = float(np.median(logs))
-    # A process that is far off moves Student's interval as far: its centre is the median, its spread is not trimmed.
-    half = _student(confidence, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    low, high = _order_statistics(np.sort(logs), confidence)
-    ends = (min(middle - half, low), max(middle + half, high))
+    ends = _order_statistics(np.sort(logs), confidence)
+    if len(logs) < FEW:
+        half = _student(confidence, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        ends = (min(middle - half, ends[0]), max(middle + half, ends[1]))
     return Ratio(math.exp(middle), math.exp(ends[0]), math.exp(ends[1]), confidence, len(logs))
 
 
 def _order_statistics(values: Array, confidence: float) -> tuple[float, float]:
-    """The narrowest interval of two of the sorted values that holds the median with that confidence, whatever the
-    distribution; the smallest and the largest where they are too few for it."""
-    count = len(values)
-    tail = 0.0
-    for rank in range(count // 2):
+    """Two of the sorted values, whose interval holds the median with more than that confidence, whatever the
+    distribution: a rank further out than the narrowest that does. The smallest and the largest where they are few.
+    """
+    count, tail, rank = len(values), 0.5 ** len(values), 0
+    while rank < count // 2 and 1 - 2 * tail >= confidence:
+        rank += 1  # from values[rank - 1] to its like at the other end holds it
         tail += math.comb(count, rank) * 0.5**count
-        if 1 - 2 * tail < confidence:
-            return float(values[max(rank - 1, 0)]), float(values[count - 1 - max(rank - 1, 0)])
-    rank = max(count // 2 - 1, 0)
-    return float(values[rank]), float(values[count - 1 - rank])
+    out = max(rank - 2, 0)
+    return float(values[out]), float(values[count - 1 - out])
 
 
 def _student(confidence: float, freedom: int) -> float:

@@ -34,17 +34,17 @@ QUICK = Effort(rounds=2, runs=6, warmup=1, operations=False)
 def test_bundles_take_turns_in_fresh_processes(digits: Bundle) -> None:
     job = Job(digits.path, "onnx", "main", 1)
     said: list[str] = []
-    session = Session([job, job], Local(), Effort(rounds=3, runs=8, warmup=2), said.append)
+    session = Session([job, job], Local(), Effort(rounds=3, runs=6, warmup=2), said.append)
     session.run()
     for one in session.done:
-        assert [[len(block) for block in process] for process in one.blocks] == [[1] * 8] * 3
+        assert [[len(block) for block in process] for process in one.blocks] == [[1] * 6] * 3
         assert all(ms > 0 for process in one.blocks for block in process for ms in block)
         assert [ready["warmup"] for ready in one.ready] == [2, 2, 2]
         assert {row[1] for row in one.operations} >= {"Conv", "Softmax"}
         assert "profiler" in one.operations_by
         assert [when for _, when, _ in one.states][:1] == ["before"]
         assert one.notes == []
-    assert any("round 2 of 3, block 5 of 8, p50 " in line for line in said)
+    assert any("round 2 of 3, block 5 of 6, p50 " in line for line in said)
     assert len({id(one) for one in session.done}) == 2
 
 
@@ -88,8 +88,8 @@ def test_a_runner_that_crashes_in_the_middle_leaves_the_others_alone(digits: Bun
     crashed, whole = session.done
     assert crashed.failed is not None
     assert "SIGSEGV" in str(crashed.failed.why)
-    assert [len(process) for process in whole.blocks] == [8, 8, 8]
-    assert 0 < sum(map(len, crashed.blocks)) < 16
+    assert [len(process) for process in whole.blocks] == [6, 6, 6]
+    assert 0 < sum(map(len, crashed.blocks)) < 12
     with pytest.raises(CheckFailed, match="crashed"):
         Session(jobs[:1], Local(), Effort(rounds=3, runs=16, warmup=1, operations=False)).run()
 
@@ -113,7 +113,7 @@ def test_a_cut_link_keeps_what_was_measured(server: Sshd, digits: Bundle) -> Non
     session = Session([job], Ssh(server.url, python=sys.executable), effort, say)
     with pytest.raises(DeviceUnreachable):
         session.run()
-    assert [len(process) for process in session.done[0].blocks] == [8, 8, 2]
+    assert [len(process) for process in session.done[0].blocks] == [6, 6, 2]
     assert "cut" in session.stopped
     for _ in range(100):
         if not server.left():
