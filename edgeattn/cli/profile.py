@@ -49,7 +49,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Fresh processes of each. [default: 16 of several; 4 to 12 of one, until its interval is narrow]",
+    help="Fresh processes of each. [default: 16 to 40 of several, 4 to 12 of one, until intervals are narrow]",
 )
 @click.option("--runs", type=click.IntRange(min=1), help="Timed runs of each process. [default: for half a second]")
 @click.option("--warmup", type=click.IntRange(min=0), help="Runs before. [default: until the times are stable]")

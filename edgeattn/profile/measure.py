@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from edgeattn.core.errors import EdgeAttnError
-from edgeattn.profile.statistics import summarize
+from edgeattn.profile.statistics import paired_ratio, summarize
 from edgeattn.profile.transports.base import Say, Transport, silent
 from edgeattn.profile.transports.live import Live, Start
 
-#: Blocks of a process, and how long one lasts at least: short, so that neighbours meet the same machine.
-BLOCKS, BLOCK_S = 6, 0.08
-#: Rounds, without ``Effort.rounds``: with several jobs always so many, for their ratio needs independent processes; of
-#: one alone until its interval is narrow.
-TOGETHER, ALONE, ALONE_MOST = 16, 4, 12
+#: A process's blocks: how long all of them last, how long one does and of how many runs it is, and how many there are.
+#: Short ones, so that neighbours meet the same machine; but of a few runs, for the first one after another process's
+#: finds the caches cold.
+ALL_S, BLOCK_S, RUNS, FEWEST, MOST = 0.5, 0.02, 3, 4, 24
+#: A run of so many seconds fills a block by itself.
+SLOW_S = 0.1
+#: Rounds, without ``Effort.rounds``: of several jobs so many at least, for their ratio needs independent processes; of
+#: one alone until its interval is narrow. A machine may be restless for a while: with several it goes on until their
+#: ratios' intervals are narrow too.
+TOGETHER, TOGETHER_MOST, ALONE, ALONE_MOST = 16, 40, 4, 12
+#: Half the width of a ratio's interval that is narrow enough, as a share of it.
+RATIO_WITHIN = 0.03
 #: Of a backend whose processes do not take turns: they measure several units, and compile before.
 WHOLE, WHOLE_TOGETHER = 1, 5
 #: Jobs whose processes live at the same time, at most.
@@ -61,7 +68,7 @@ class Effort:
 
     Attributes:
         rounds: fresh processes of each job; None for as many as it takes.
-        runs, warmup: timed runs, and runs before, of each process; None for blocks of ``BLOCK_S``, and until stable.
+        runs, warmup: timed runs, and runs before, of each process; None for half a second, and until stable.
         within: half the width of the median's interval that is narrow enough, as a share of it.
         limit_s: no round begins later than that; the first one always does.
         cooldown_s: how long a machine may cool down before a round, at most.
@@ -157,7 +164,7 @@ class Session:
             # Each comes first as often as the others, and is behind each of the others as often.
             order = alive[number % len(alive) :] + alive[: number % len(alive)]
             whole = alive[0].job.backend in UNPACED
-            words = f"round {number + 1} of {'up to ' if self._effort.rounds is None and len(alive) == 1 else ''}{most}"
+            words = f"round {number + 1} of {'up to ' if self._effort.rounds is None and not whole else ''}{most}"
             self._whole(order, start, words) if whole else self._round(order, start, words)
             number += 1
         for one in group if self._effort.operations else ():
@@ -169,13 +176,28 @@ class Session:
             return self._effort.rounds
         if group[0].job.backend in UNPACED:
             return WHOLE if len(group) == 1 else WHOLE_TOGETHER
-        return ALONE_MOST if len(group) == 1 else TOGETHER
+        return ALONE_MOST if len(group) == 1 else TOGETHER_MOST
 
     def _enough(self, group: list[Measured], number: int) -> bool:
-        """Whether one alone has an interval that is narrow enough; of several the ratio counts, not the interval."""
-        if len(group) > 1 or number < ALONE:
+        """Whether one alone has an interval that is narrow enough, or several have ratios with such intervals.
+
+        It looks at widths alone, and never at where an interval lies.
+        """
+        if group[0].job.backend in UNPACED or number < (ALONE if len(group) == 1 else TOGETHER):
             return False
-        return summarize(group[0].blocks).half_width <= self._effort.within
+        if len(group) == 1:
+            return summarize(group[0].blocks).half_width <= self._effort.within
+        ratios = [paired_ratio(group[0].blocks, other.blocks) for other in group[1:]]
+        return all(ratio.high / ratio.low <= (1 + RATIO_WITHIN) ** 2 for ratio in ratios)
+
+    def _blocks(self, ready: list[dict[str, Any]]) -> tuple[int, int, float]:
+        """How many blocks the processes have, and how many runs and seconds a block at least."""
+        if self._effort.runs is not None:
+            return min(FEWEST, self._effort.runs), 0, 0.0
+        slowest = max((each.get("warm_ms", 0.0) for each in ready), default=0.0) / 1e3
+        runs = RUNS if slowest < SLOW_S else 1
+        count = round(ALL_S / max(BLOCK_S, runs * slowest))
+        return max(FEWEST, min(MOST, count)), runs, BLOCK_S
 
     def _round(self, order: list[Measured], start: Start, words: str) -> None:
         """A fresh process of each, blocks in turns; what a process measured is kept block by block."""
@@ -192,10 +214,9 @@ class Session:
                     self._state(one, "before" if len(one.ready) == 1 else "during", one.ready[-1]["before"])
                     if one is order[0]:
                         self._cool_down(one, live, words)
-            count = BLOCKS if effort.runs is None else min(BLOCKS, effort.runs)
+            count, runs, seconds = self._blocks([one.ready[-1] for one, _ in lives if one.failed is None])
             for block in range(count):
-                least = 1 if effort.runs is None else effort.runs // count + (block < effort.runs % count)
-                seconds = BLOCK_S if effort.runs is None else 0.0
+                least = runs if effort.runs is None else effort.runs // count + (block < effort.runs % count)
                 self._say(f"{words}, block {block + 1} of {count}{self._so_far(order)}")
                 # There and back: drift within two blocks meets all alike.
                 alive = [pair for pair in lives if pair[0].failed is None]

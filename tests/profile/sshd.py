@@ -97,8 +97,9 @@ class Sshd:
             self.process = None
 
     def left(self) -> list[str]:
-        """Everything on the far side."""
-        return sorted(p.relative_to(self.far).as_posix() for p in self.far.rglob("*"))
+        """Everything on the far side; it may be going away meanwhile."""
+        found = [Path(folder, name) for folder, folders, files in os.walk(self.far) for name in (*folders, *files)]
+        return sorted(path.relative_to(self.far).as_posix() for path in found)
 
 
 class Proxy:

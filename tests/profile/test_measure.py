@@ -34,17 +34,17 @@ QUICK = Effort(rounds=2, runs=6, warmup=1, operations=False)
 def test_bundles_take_turns_in_fresh_processes(digits: Bundle) -> None:
     job = Job(digits.path, "onnx", "main", 1)
     said: list[str] = []
-    session = Session([job, job], Local(), Effort(rounds=3, runs=6, warmup=2), said.append)
+    session = Session([job, job], Local(), Effort(rounds=3, runs=4, warmup=2), said.append)
     session.run()
     for one in session.done:
-        assert [[len(block) for block in process] for process in one.blocks] == [[1] * 6] * 3
+        assert [[len(block) for block in process] for process in one.blocks] == [[1] * 4] * 3
         assert all(ms > 0 for process in one.blocks for block in process for ms in block)
         assert [ready["warmup"] for ready in one.ready] == [2, 2, 2]
         assert {row[1] for row in one.operations} >= {"Conv", "Softmax"}
         assert "profiler" in one.operations_by
         assert [when for _, when, _ in one.states][:1] == ["before"]
         assert one.notes == []
-    assert any("round 2 of 3, block 5 of 6, p50 " in line for line in said)
+    assert any("round 2 of 3, block 3 of 4, p50 " in line for line in said)
     assert len({id(one) for one in session.done}) == 2
 
 
@@ -56,6 +56,25 @@ def test_one_alone_is_measured_until_its_interval_is_narrow(digits: Bundle) -> N
     late.run()
     assert len(late.done[0].blocks) == 1
     assert "stopped at the limit of 0 s" in late.done[0].notes[0]
+
+
+def test_blocks_are_short_and_of_a_few_runs() -> None:
+    session = Session([], Local(), Effort())
+    assert session._blocks([{"warm_ms": 0.1}, {"warm_ms": 0.2}]) == (24, 3, 0.02)
+    assert session._blocks([{"warm_ms": 0.1}, {"warm_ms": 20.0}]) == (8, 3, 0.02)  # 60 ms each
+    assert session._blocks([{"warm_ms": 900.0}]) == (4, 1, 0.02)
+    assert Session([], Local(), Effort(runs=2))._blocks([{}]) == (2, 0, 0.0)
+
+
+def test_several_are_measured_until_their_ratios_are_narrow() -> None:
+    def measured(spread: float) -> Measured:
+        return Measured(Job(Path("b"), "onnx", "main"), [[[1.0 + spread * (i % 5)]] for i in range(16)])
+
+    session = Session([], Local(), Effort())
+    assert session._enough([measured(0.0), measured(0.005)], 16)
+    assert not session._enough([measured(0.0), measured(0.05)], 16)
+    assert not session._enough([measured(0.0), measured(0.0), measured(0.05)], 16)
+    assert not session._enough([measured(0.0), measured(0.0)], 15)
 
 
 def test_a_bundle_that_fails_leaves_the_others_alone(digits: Bundle, tmp_path: Path) -> None:
@@ -88,8 +107,8 @@ def test_a_runner_that_crashes_in_the_middle_leaves_the_others_alone(digits: Bun
     crashed, whole = session.done
     assert crashed.failed is not None
     assert "SIGSEGV" in str(crashed.failed.why)
-    assert [len(process) for process in whole.blocks] == [6, 6, 6]
-    assert 0 < sum(map(len, crashed.blocks)) < 12
+    assert [len(process) for process in whole.blocks] == [4, 4, 4]
+    assert 0 < sum(map(len, crashed.blocks)) < 8
     with pytest.raises(CheckFailed, match="crashed"):
         Session(jobs[:1], Local(), Effort(rounds=3, runs=16, warmup=1, operations=False)).run()
 
@@ -113,7 +132,7 @@ def test_a_cut_link_keeps_what_was_measured(server: Sshd, digits: Bundle) -> Non
     session = Session([job], Ssh(server.url, python=sys.executable), effort, say)
     with pytest.raises(DeviceUnreachable):
         session.run()
-    assert [len(process) for process in session.done[0].blocks] == [6, 6, 2]
+    assert [len(process) for process in session.done[0].blocks] == [4, 4, 2]
     assert "cut" in session.stopped
     for _ in range(100):
         if not server.left():
@@ -182,7 +201,15 @@ class Scripted(Live):
         return self._states.pop(0) if len(self._states) > 1 else self._states[0]
 
     def ready(self) -> dict[str, Any]:
-        about = {"first_ms": 3.0, "load_ms": 4.0, "warmup": 5, "warm": True, "clock_ms": 1e-4, "before": self._state()}
+        about = {
+            "warm_ms": 1.0,
+            "first_ms": 3.0,
+            "load_ms": 4.0,
+            "warmup": 5,
+            "warm": True,
+            "clock_ms": 1e-4,
+            "before": self._state(),
+        }
         return {**about, "threads": 4, "backend": "onnx", "runtime": "onnxruntime 1"}
 
     def ask(self, key: str, **request: Any) -> Any:

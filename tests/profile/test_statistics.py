@@ -64,7 +64,7 @@ def test_students_quantile(freedom: int) -> None:
 
 def test_order_statistics_hold_the_median_without_a_distribution() -> None:
     values = np.arange(16.0)
-    # Of 16 values the 4th and the 13th hold it with 97.9 %, the 5th and the 12th with 92.3 %; a rank further out counts.
+    # Of 16 values the 4th and the 13th hold it with 97.9 %, the 5th and the 12th with 92.3 %; it is a rank further out.
     assert statistics._order_statistics(values, 0.95) == (2.0, 13.0)
     assert statistics._order_statistics(values, 0.90) == (3.0, 12.0)
     assert statistics._order_statistics(values[:4], 0.95) == (0.0, 3.0)  # too few: all that there is
