@@ -3,8 +3,9 @@
 python benchmarks/latency_vs_loop.py
 
 The bare loop is what benchmark programs do: a session, inputs, and nothing but the call between two looks at the clock.
-Each round starts a fresh process of both, one after the other and then the other way round; a ratio is of the medians
-of a round's two. onnxruntime_perf_test is not in ONNX Runtime's wheels; where it is on the PATH it is measured as well.
+Each round starts a fresh process of both, whose blocks of 30 ms take turns, there and back; its ratio is the median of
+those of neighbouring blocks. onnxruntime_perf_test is not in ONNX Runtime's wheels; where it is on the PATH it is
+measured as well.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ while clock() - begun < 0.5:
 print("ready", flush=True)
 for line in sys.stdin:
     times, seconds, begun = [], float(line), clock()
-    while clock() - begun < seconds:
+    while clock() - begun < seconds or len(times) < 3:
         start = clock()
         run(names, feeds)
         times.append(clock() - start)
@@ -52,7 +53,7 @@ for line in sys.stdin:
 
 
 def one_round(bundle: Path, threads: int, blocks: int) -> tuple[float, float]:
-    """Medians of blocks in turns: the runner's, and the bare loop's."""
+    """Median of the runner's blocks, and that over the median of the ratios to the bare loop's neighbouring ones."""
     golden = sorted((bundle / "golden").glob("main-*.npz"))[0]
     words = [sys.executable, "-c", LOOP, str(bundle / "model.onnx"), str(golden), str(threads)]
     with Local().hold([bundle]) as start:
@@ -66,14 +67,16 @@ def one_round(bundle: Path, threads: int, blocks: int) -> tuple[float, float]:
             for block in range(blocks):
                 for which in (0, 1) if block % 2 == 0 else (1, 0):
                     if which == 0:
-                        found[0].append(statistics.median(ours.ask("times", seconds=0.1, least=1)))
+                        found[0].append(statistics.median(ours.ask("times", seconds=0.03, least=3)))
                     else:
-                        loop.stdin.write("0.1\n")
+                        loop.stdin.write("0.03\n")
                         loop.stdin.flush()
                         found[1].append(json.loads(loop.stdout.readline()))
             loop.stdin.close()
         ours.finish()
-    return statistics.median(found[0]), statistics.median(found[1])
+    # Neighbouring blocks have met the same machine.
+    pairs = [a / b for a, b in zip(*found, strict=True)]
+    return statistics.median(found[0]), statistics.median(found[0]) / statistics.median(pairs)
 
 
 def perf_test(tool: str, file: Path, threads: int) -> float:
@@ -89,7 +92,7 @@ def main() -> None:
     """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", nargs="*", default=["fmvit-digits", "fmvit-t"])
     options = parser.parse_args()

@@ -7,6 +7,7 @@ that one module makes and another reads belongs to both, so keeping either frees
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -169,7 +170,9 @@ def weight_errors(model: nn.Module, plan: QuantPlan) -> list[dict[str, Any]]:
         if scheme.floats or not size:
             continue
         away = rounded_weight(module, scheme.weights, scheme.group).double() - weight.detach().double()
-        found.append({"module": path, "bits": scheme.weights, "error": float(away.norm()) / size})
+        error = float(away.norm()) / size
+        if math.isfinite(error):  # what is not finite is verification's to say
+            found.append({"module": path, "bits": scheme.weights, "error": error})
     return found
 
 
