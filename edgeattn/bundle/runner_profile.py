@@ -37,7 +37,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: in
     if options.paced:
         _SAY.append(lambda data: (answers.write(json.dumps(data) + "\n"), answers.flush())[0])
     if part["backend"] in run.PARTS:
-        return run.own(part["backend"]).profile(manifest, part, options)  # type: ignore[no-any-return]
+        found: Data = run.own(part["backend"]).profile(manifest, part, options)
+        return found
     run.check_first_use(manifest, part, threads)
     state = run.own("state").machine_state
     before = state()

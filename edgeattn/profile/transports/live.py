@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -144,8 +145,8 @@ class LocalProcess(Live):
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            try:
-                pipe.close()  # type: ignore[union-attr]
-            except OSError:
-                pass
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                    pipe.close()
+        self._errors.close()
