@@ -143,7 +143,9 @@ def estimate(jobs: Sequence[Job], device: str) -> list[Record]:
         )
     records = []
     for job in jobs:
-        precision = Bundle.open(job.bundle).manifest.precision
+        bundle = Bundle.open(job.bundle)
+        targets.get(job.backend).operations(bundle.artifact(job.backend), job.entry)  # a damaged file says so itself
+        precision = bundle.manifest.precision
         roof = roof_of(place, precision, job.threads or 0)
         record = Builder(place.name, place, {precision: roof}).estimated(job)
         if record.breakdown.estimate_ms is None:
