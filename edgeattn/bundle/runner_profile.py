@@ -111,12 +111,12 @@ def timings(
 
     first_ms = timed()
     warm, steady = warmed(timed, warmup)
-    ready = {"first_ms": first_ms, "warmup": warm, "warm": steady, "warm_ms": timed(), "clock_ms": clock_ms()}
+    ready = {"first_ms": first_ms, "warmup": warm, "warm": steady, "clock_ms": clock_ms()}
     times: list[float] = []
     begun = time.perf_counter()
     if _SAY:
         place = {"python": sys.version.split()[0], "machine": platform.machine(), **run.own("state").about()}
-        times = _on_demand(timed, {**(about or {}), **ready, **place})
+        times = _on_demand(timed, {**(about or {}), **ready, "warm_ms": timed(), **place})
     else:
         while not _enough(len(times), time.perf_counter() - begun, runs, least):
             times.append(timed())
