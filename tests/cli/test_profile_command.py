@@ -15,7 +15,7 @@ from benchmarks.planted import slower
 from edgeattn.bundle import Bundle
 from edgeattn.profile import store
 from edgeattn.profile.record import Record, parse
-from tests.profile.records import a_record
+from tests.report.making import record
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -45,20 +45,20 @@ def test_several_bundles_have_ratios_and_operations(
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert ours.settings.session == theirs.settings.session != ""
     assert ours.settings.interleaved == ("fmvit-digits.tflite.fp32, 1 threads",)
-    for record, unit in ((ours, "cpu"), (theirs, "xnnpack")):
-        assert record.latency is not None
-        assert record.latency.runs == 120
-        assert [len(process) for process in record.latency.blocks] == [4, 4, 4]
-        assert record.breakdown.wanted == unit
-        assert record.breakdown.fallback == {}
-        assert sum(op.share or 0 for op in record.breakdown.operations) == pytest.approx(1)
-        heavy = [op for op in record.breakdown.operations if op.macs]
-        assert sum(op.macs or 0 for op in heavy) == pytest.approx(record.subject.macs, rel=0.02)
+    for one, unit in ((ours, "cpu"), (theirs, "xnnpack")):
+        assert one.latency is not None
+        assert one.latency.runs == 120
+        assert [len(process) for process in one.latency.blocks] == [4, 4, 4]
+        assert one.breakdown.wanted == unit
+        assert one.breakdown.fallback == {}
+        assert sum(op.share or 0 for op in one.breakdown.operations) == pytest.approx(1)
+        heavy = [op for op in one.breakdown.operations if op.macs]
+        assert sum(op.macs or 0 for op in heavy) == pytest.approx(one.subject.macs, rel=0.02)
         assert all(op.module for op in heavy)
         assert all(op.estimate_ms for op in heavy)
-        assert {"before", "during", "after"} == {state.when for state in record.states}
-        assert record.proof.accuracy == pytest.approx(358 / 360)
-        assert record.proof.fused == 63
+        assert {"before", "during", "after"} == {state.when for state in one.states}
+        assert one.proof.accuracy == pytest.approx(358 / 360)
+        assert one.proof.fused == 63
     assert store.find("fmvit-digits", file=tmp_path / "history.sqlite") == [ours, theirs]
 
 
@@ -171,7 +171,8 @@ def test_the_history(edgeattn_cli: Cli, tmp_path: Path) -> None:
     home = {"EDGEATTN_HOME": str(tmp_path)}
     empty = edgeattn_cli("history", **home)
     assert (empty.returncode, "nothing was measured yet" in empty.stdout) == (0, True)
-    store.append([a_record("net", ms=5.0), a_record("[bold]", "<script>", ms=7.0)], tmp_path / "history.sqlite")
+    made = [record(model="net", device="pi"), record(7.0, model="[bold]", device="<script>")]
+    store.append(made, tmp_path / "history.sqlite")
     shown = edgeattn_cli("history", **home)
     assert "[bold].onnx.fp32" in shown.stdout
     assert "<script>" in shown.stdout

@@ -15,22 +15,22 @@ from hypothesis import strategies as st
 from edgeattn.core.errors import CheckFailed, UsageError
 from edgeattn.profile import store
 from edgeattn.profile.record import Record, parse, read, to_json
-from tests.profile.records import a_record
+from tests.report.making import record
 
-RECORD = a_record()
+RECORD = record(model="net", threads=1)
 
 
 def test_records_come_back_from_json(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
-    file.write_text(to_json([RECORD, a_record("other")]))
-    assert read(file) == [RECORD, a_record("other")]
+    file.write_text(to_json([RECORD, record(model="other")]))
+    assert read(file) == [RECORD, record(model="other")]
     assert parse(RECORD.model_dump(mode="json"), "x") == [RECORD]
     assert parse([RECORD.model_dump(mode="json")], "x") == [RECORD]
 
 
 @given(st.text(), st.text(), st.floats(0.001, 1e6), st.lists(st.text()))
 def test_any_names_come_back(model: str, device: str, ms: float, flags: list[str]) -> None:
-    made = a_record(model, device, ms, flags=tuple(flags))
+    made = record(ms, model=model, device=device, flags=tuple(flags))
     try:
         text = to_json([made])
         text.encode()
@@ -67,13 +67,13 @@ def test_files_that_hold_none(tmp_path: Path, text: str) -> None:
 
 def test_the_history_keeps_each_once_and_finds_them(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "h.sqlite"
-    many = [
-        a_record("net", "pi", ms, created=f"2026-01-0{day}T00:00:00Z") for day, ms in ((2, 5.0), (1, 4.0), (3, 6.0))
+    second, first, third = many = [
+        record(ms, model="net", created=f"2026-01-0{day}T00:00:00Z") for day, ms in ((2, 5.0), (1, 4.0), (3, 6.0))
     ]
-    assert store.append([*many, a_record("other", "mac")], file) == 4
+    assert store.append([*many, record(model="other", device="mac")], file) == 4
     assert store.append(many[:1], file) == 0
-    assert [r.latency.p50 for r in store.find("net", file=file) if r.latency] == [4.0, 5.0, 6.0]
-    assert [r.latency.p50 for r in store.find("net.onnx.fp32", last=1, file=file) if r.latency] == [6.0]
+    assert store.find("net", file=file) == [first, second, third]
+    assert store.find("net.onnx.fp32", last=1, file=file) == [third]
     assert [r.subject.model for r in store.find(device="mac", file=file)] == ["other"]
     assert store.find("net' OR 1 --", file=file) == []
     assert store.names(file) == ["net", "other"]
@@ -100,17 +100,18 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
 
     file = tmp_path / "h.sqlite"
     with ThreadPoolExecutor(8) as pool:
-        added = list(pool.map(lambda n: store.append([a_record(f"m{n}")], file), range(24)))
+        added = list(pool.map(lambda n: store.append([record(model=f"m{n}")], file), range(24)))
     assert sum(added) == len(store.find(file=file)) == 24
 
 
 def test_csv_has_the_figures_and_no_formulas() -> None:
-    bad = a_record('=HYPERLINK("x")', 'a,b\n"c"')
+    bad = record(model='=HYPERLINK("x")', device='a,b\n"c"')
     rows = list(csv.DictReader(io.StringIO(store.to_csv([RECORD, bad]))))
-    assert [row["p50_ms"] for row in rows] == ["5.0", "5.0"]
+    assert RECORD.latency is not None
+    assert [float(row["p50_ms"]) for row in rows] == [RECORD.latency.p50] * 2
     assert rows[1]["model"] == '\'=HYPERLINK("x")'
     assert rows[1]["device"] == 'a,b\n"c"'
-    assert rows[0]["runs"] == "24"
+    assert rows[0]["runs"] == str(RECORD.latency.runs)
     assert set(rows[0]) == set(store.COLUMNS)
 
 
