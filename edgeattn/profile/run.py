@@ -12,6 +12,7 @@ from edgeattn import device as devices
 from edgeattn import targets
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import EdgeAttnError, UsageError, unknown
+from edgeattn.core.interrupt import interruptible
 from edgeattn.device import Device
 from edgeattn.profile.build import Builder
 from edgeattn.profile.measure import Effort, Job, Session
@@ -178,7 +179,7 @@ def measure(
     transport, place = open_transport(device), described(device)
     threads = {job.threads for job in jobs}
     precisions = [Bundle.open(job.bundle).manifest.precision for job in jobs]
-    with tempfile.TemporaryDirectory(prefix="edgeattn-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edgeattn-") as folder, interruptible(say) as say:
         given = [_with_operations(job, Path(folder), n) for n, job in enumerate(jobs)] if effort.operations else jobs
         session, outcome = Session(given, transport, effort, say), Outcome()
         try:

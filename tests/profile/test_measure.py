@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from edgeattn.bundle import Bundle
 from edgeattn.core.errors import CheckFailed, DeviceUnreachable
-from edgeattn.profile import measure, store
+from edgeattn.profile import measure, run, store
 from edgeattn.profile.build import flags_of, latency_of, states_of
 from edgeattn.profile.measure import Effort, Job, Measured, Session
 from edgeattn.profile.record import read
@@ -187,6 +188,25 @@ def test_the_command_keeps_what_it_measured_when_it_is_stopped(
     assert all(record.latency and record.latency.runs > 0 for record in records)
     assert "fmvit-digits.tflite.fp32" in out
     assert {r.id for r in store.find(file=tmp_path / "own" / "history.sqlite")} == {r.id for r in records}
+
+
+def test_an_interrupt_that_a_library_swallows_stops_it_all_the_same(digits: Bundle) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("round 2 of 500, block 2"):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    effort = Effort(rounds=500, runs=8, warmup=1, operations=False)
+    outcome = run.measure([Job(digits.path, "onnx", "main", 1)], "local", effort, say)
+    assert isinstance(outcome.stopped, KeyboardInterrupt)
+    (record,) = outcome.records
+    assert record.partial == "stopped by the user"
+    assert record.latency is not None
+    assert [len(process) for process in record.latency.blocks] == [4, 2]
+    assert said[-1].startswith("round 2 of 500, block 2")
 
 
 class Scripted(Live):
