@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import edgeattn
 from edgeattn.bundle import Bundle
 
@@ -135,6 +137,7 @@ def test_inspect(edgeattn_cli: Cli, digits: Bundle) -> None:
     assert json.loads(edgeattn_cli("inspect", digits.path, "--json").stdout)["schema_version"] == 3
 
 
+@pytest.mark.slow
 def test_another_input_size_is_exported_and_said_not_to_be_scored(edgeattn_cli: Cli, tmp_path: Path) -> None:
     done = edgeattn_cli("export", "fmvit-digits", "-i", "x=2x1x64x32", "-o", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,7 @@ def planted(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_planted_killer_is_named_first_and_the_advice_holds(edgeattn_cli: Cli, planted: Path) -> None:
     done = edgeattn_cli("sensitivity", "plain.toml", "-t", "onnx", "-o", "out", cwd=planted)
     assert done.returncode == 0, done.stderr
@@ -123,6 +124,7 @@ def test_a_killer_planted_in_the_trained_model(edgeattn_cli: Cli, loud_digits: P
     assert any(LOUD in line for line in found["facts"]["quantize"]["risks"])
 
 
+@pytest.mark.slow
 def test_what_export_evens_out_need_not_be_kept_and_a_run_goes_on(
     edgeattn_cli: Cli, planted: Path, own_cache: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_what_export_evens_out_need_not_be_kept_and_a_run_goes_on(
     assert resumed == found | {"known": 2}
 
 
+@pytest.mark.slow
 def test_labelled_samples_are_scored(edgeattn_cli: Cli) -> None:
     done = edgeattn_cli("sensitivity", "fmvit-digits", "-t", "coreml", "-p", "w8", "--on", "16")
     assert done.returncode == 0, done.stderr
@@ -155,6 +158,7 @@ def test_labelled_samples_are_scored(edgeattn_cli: Cli) -> None:
     assert "edgeattn export fmvit-digits --target coreml --precision w8" in done.stdout
 
 
+@pytest.mark.slow
 def test_operations_without_weights(edgeattn_cli: Cli) -> None:
     done = edgeattn_cli("sensitivity", "fmvit-digits", "--what", "operations", "--on", "16", "--json")
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,7 @@ def test_held_out_samples(edgeattn_cli: Cli, tmp_path: Path) -> None:
     assert "weights are random" not in text
 
 
+@pytest.mark.slow
 def test_a_decoder_of_random_weights_on_random_tokens(edgeattn_cli: Cli, tmp_path: Path) -> None:
     done = edgeattn_cli("sparsity", *PLM, "--on", "100", "-o", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -62,6 +63,7 @@ def test_a_decoder_of_random_weights_on_random_tokens(edgeattn_cli: Cli, tmp_pat
     assert f"{found['read']:.1%}" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_recipes_text_is_read(edgeattn_cli: Cli, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     words = [f"w{i}" for i in range(60)]

@@ -233,6 +233,7 @@ def test_digits_as_a_classifier_of_pixels(tmp_path: Path) -> None:
     assert description.metadata.userDefined["edgeattn.recipe_sha256"] == bundle.manifest.recipe_sha256
 
 
+@pytest.mark.slow
 def test_run_a_strangers_package(tmp_path: Path, edgeattn_cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """Made by plain coremltools through torch.jit, float16, for iOS18."""
     from tests.targets.coreml.harness import ct

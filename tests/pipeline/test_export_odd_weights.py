@@ -68,11 +68,13 @@ def worst(model: str, shape: str, target: str, precision: str, output: Path) -> 
     return max(numerics["relative_l2"] for sample in samples.values() for numerics in sample.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_channels_that_live_by_their_bias(target: str, tmp_path: Path) -> None:
     assert worst("SwitchedOff", "1x3x16x16", target, "w8a8", tmp_path) < 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8a8", "w4"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_empty_and_tiny_weights(target: str, precision: str, tmp_path: Path) -> None:
