@@ -34,7 +34,7 @@ def test_what_was_not_lost_comes_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_thread_and_a_handler_of_the_callers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_and_a_handler_of_the_callers_are_left_alone() -> None:
     def inside() -> Callable[[str], None]:
         with interruptible(print) as say:
             return say
