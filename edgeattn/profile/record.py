@@ -336,7 +336,8 @@ def _one(item: Any, where: str) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(record)"
-        raise UsageError("this is not a record", where=f"{where}, {key}", why=first["msg"]) from error
+        fix = "edgeattn profile BUNDLE --json writes records"
+        raise UsageError("this is not a record", where=f"{where}, {key}", why=first["msg"], fix=fix) from error
     try:
         whole = record.sealed().id == record.id
     except ValueError:  # a number that is not finite: never written

@@ -72,12 +72,15 @@ def select(paths: Sequence[str | Path], precisions: Sequence[str] = ()) -> list[
         known = sorted({bundle.manifest.precision for bundle in found})
         if precision not in known:
             first = found[0].manifest
+            offered = targets.get(first.target).precisions(None)
             raise UsageError(
                 "there is no bundle of this precision",
                 value=precision,
                 where="--precision",
                 why=f"the bundles are of {', '.join(known)}",
-                fix=f"edgeattn export {first.recipe['name']} --target {first.target} --precision {precision}",
+                fix=f"edgeattn export {first.recipe['name']} --target {first.target} --precision {precision}"
+                if precision in offered
+                else f"target {first.target} has {', '.join(offered)}",
             )
     return [bundle for bundle in found if not precisions or bundle.manifest.precision in precisions]
 

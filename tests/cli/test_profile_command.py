@@ -196,3 +196,13 @@ def test_profile_from_python(digits: Bundle) -> None:
     jobs = run.jobs_of(run.select([digits.path]), run.Wanted(threads=(1,)))
     outcome = run.measure(jobs, "local", Effort(rounds=1, runs=3, operations=False))
     assert outcome.records[0].edgeattn == edgeattn.__version__
+
+
+def test_a_precision_that_no_bundle_has_is_one_to_export_or_none_at_all(edgeattn_cli: Cli, digits: Bundle) -> None:
+    for precision, fix in (
+        ("w8", "edgeattn export fmvit-digits --target onnx --precision w8"),
+        ("int3", "onnx has fp32"),
+    ):
+        done = edgeattn_cli("profile", digits.path, "--precision", precision)
+        assert done.returncode == 2
+        assert fix in done.stderr
