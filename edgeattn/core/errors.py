@@ -105,6 +105,10 @@ class ConversionFailed(EdgeAttnError):
     exit_code = 4
 
 
+class Crashed(ConversionFailed):
+    """Exit code 4: the process that did it was ended from outside or crashed; the same may do another time."""
+
+
 class DeviceUnreachable(EdgeAttnError):
     """Exit code 5: the device did not answer."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -92,6 +92,35 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError("a file cannot be read", value=path, why=str(error)) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError("a file is not TOML", value=path, why=str(error)) from error
+
+
+def lines_of(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line, from 1, at which each key of a TOML text stands, tables and members of arrays of tables too.
+
+    Found by reading ever longer beginnings: what a further line adds stands at that line, or at the first of those
+    lines that make no sense without it. Keys of an inline table stand at its line.
+    """
+    found: dict[tuple[str | int, ...], int] = {}
+    lines, begin = text.splitlines(), 0
+    for end, line in enumerate(lines, 1):
+        if begin == end - 1 and not line.split("#")[0].strip():
+            begin = end
+            continue
+        try:
+            data = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        for path in _paths(data):
+            found.setdefault(path, begin + 1)
+        begin = end
+    return found
+
+
+def _paths(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _paths(value, (*path, key))
 
 
 def folders(kind: str) -> list[Path]:

@@ -25,6 +25,8 @@ class Job:
         layout: of image inputs, one of the target's ``layouts``.
         options: of the target, as they were asked for.
         strict: refuse to keep operations in a wider precision.
+        tolerance: the largest relative L2, in place of the target's own. accuracy_drop: of the held-out samples' share
+            that is right, in place of the precision's own bound.
     """
 
     resolved: Resolved
@@ -34,6 +36,8 @@ class Job:
     layout: str = NCHW
     options: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
+    tolerance: float | None = None
+    accuracy_drop: float | None = None
 
     @property
     def title(self) -> str:
@@ -51,6 +55,12 @@ class Job:
         if self.resolved.recipe.decoder is None or not target.cache:
             return settled
         return target.settle_decoder(settled, self.options, place, self.precision)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What the numbers are held to, where that was asked for."""
+        asked = {"tolerance": self.tolerance, "accuracy_drop": self.accuracy_drop}
+        return {name: bound for name, bound in asked.items() if bound is not None}
 
     @property
     def quant(self) -> QuantPlan:
@@ -105,6 +115,7 @@ class Job:
             "layout": self.layout,
             "options": dict(self.options),
             "strict": self.strict,
+            **self.bounds,
         }
 
     @staticmethod

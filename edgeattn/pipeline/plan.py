@@ -63,12 +63,21 @@ def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
 
 def bundle_key(job: Job, cache: Cache) -> str:
     """Digest of all that goes into a job's bundle, which may hold several artifacts."""
-    keys = [make_plan(part, cache)[-1].key for part in job.parts]
+    keys = [make_plan(part, cache, look=False)[-1].key for part in job.parts]
     return keys[0] if len(keys) == 1 else sha256_data({"target": job.target, "parts": keys})
 
 
-def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
-    """All stages up to ``upto`` in order. Reads files and package metadata only."""
+def known_key(job: Job, cache: Cache) -> str | None:
+    """``bundle_key`` where it can be known without building the model; looks at no result, so that it is quick."""
+    return None if cache.sources(sources_key(job)) is None else bundle_key(job, cache)
+
+
+def make_plan(job: Job, cache: Cache, upto: str = "bundle", look: bool = True) -> list[Planned]:
+    """All stages up to ``upto`` in order. Reads files and package metadata only.
+
+    Args:
+        look: for cached results too, which reads all their bytes.
+    """
     keys: dict[str, str] = {}
     planned = []
     for stage in (s for s in STAGES if s.applies(job)):
@@ -88,7 +97,7 @@ def make_plan(job: Job, cache: Cache, upto: str = "bundle") -> list[Planned]:
         key = sha256_data(content)
         keys[stage.name] = key
         # Without the sources the true key is not known yet, and nothing after the build can be found either.
-        planned.append(Planned(stage, key, cache.get(key) if known else None))
+        planned.append(Planned(stage, key, cache.get(key) if known and look else None))
         if stage.name == upto:
             break
     return planned

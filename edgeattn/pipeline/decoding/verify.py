@@ -252,7 +252,8 @@ def run(context: Context) -> dict[str, Any]:
     artifact = artifact_of(context.results["lower"], job.precision)
     runtime, facts = target.open(artifact), context.results["reference"].facts
     text = Text.load(context.results["reference"].folder)
-    bounds = _Bounds(job.precision, target.tolerance(job.precision), PERPLEXITY[job.precision])
+    tolerance = target.tolerance(job.precision) if job.tolerance is None else job.tolerance
+    bounds = _Bounds(job.precision, tolerance, PERPLEXITY[job.precision])
     warnings: list[str] = []
     numerics, bounds = _entries(context, runtime, artifact, text, bounds, warnings)
     spec = job.resolved.recipe.decoder

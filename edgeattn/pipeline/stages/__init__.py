@@ -14,6 +14,9 @@ from typing import Any
 import edgeattn
 from edgeattn import device as devices
 from edgeattn import targets
+from edgeattn.core import tools
+from edgeattn.core.hashing import sha256_file
+from edgeattn.lint.books import user_books
 from edgeattn.pipeline.job import Job, takes_pixels
 
 PACKAGE = Path(edgeattn.__file__).parent
@@ -78,7 +81,17 @@ def _lint_config(job: Job) -> dict[str, Any]:
     """Of the device what findings depend on, so that one artifact serves all that are alike in it."""
     place = devices.resolve(job.device) if job.device else None
     fixed = {} if job.dynamic else job.ranges
-    return {"target": job.target, "runtime": job.runtime, "chip": place.chip if place else None, "fixed": fixed}
+    return {
+        "target": job.target,
+        "runtime": job.runtime,
+        "chip": place.chip if place else None,
+        "optics": [place.optics.rows, place.optics.cols] if place and place.optics else None,
+        "fixed": fixed,
+        # The converters are asked what they know, and rules hold for versions of them.
+        "tools": tools.versions(targets.get(job.target).lower_tools("fp32")),
+        # A user's rules; loaded here, so that a mistake in one is said before anything runs.
+        "rules": [[book.path.name, sha256_file(book.path)] for book in user_books()],
+    }
 
 
 def _quantize_config(job: Job) -> dict[str, Any]:
@@ -111,6 +124,7 @@ def _lower_config(job: Job) -> dict[str, Any]:
         "options": job.settled,
         "strict": job.strict,
         **({"device": of_device} if of_device else {}),
+        **({"code": code} if (code := targets.code_of(job.target)) else {}),
     }
 
 
@@ -119,7 +133,7 @@ def _bundle_config(job: Job) -> dict[str, Any]:
 
 
 def _target_code(job: Job) -> tuple[str, ...]:
-    """A target's own folder; a third party's target is told apart by its tools' versions."""
+    """A target's own folder; what a third party's holds is part of the configuration, see ``targets.code_of``."""
     return ("targets/base.py", "targets/feeds.py", *OWN_TARGETS.get(job.target, ()))
 
 
@@ -134,12 +148,14 @@ def _quant_code(job: Job) -> tuple[str, ...]:
 def _lint_code(job: Job) -> tuple[str, ...]:
     """Of a target's folder only the rules."""
     rules = [f"targets/{job.target}/{name}" for name in ("lint.py", "lint.toml")]
+    rules += ["targets/onnx_graph/lint.py"] if job.target in ("onnx", "tensorrt") else []
     return ("targets/base.py", *(rule for rule in rules if (PACKAGE / rule).is_file()))
 
 
 #: Where the code of the targets is that are in this package.
 OWN_TARGETS = {
     "coreml": ("targets/coreml",),
+    "gguf": ("targets/gguf",),
     "onnx": ("targets/onnx", "targets/onnx_graph"),
     "optical": ("targets/optical", "targets/onnx_graph", "device.py"),
     "tensorrt": ("targets/tensorrt", "targets/onnx_graph"),
@@ -210,7 +226,7 @@ STAGES = (
             *_target_code(job),
         ),
         lambda job: targets.get(job.target).runtime_tools,
-        lambda job: {},
+        lambda job: job.bounds,
     ),
     Stage(
         "bundle",

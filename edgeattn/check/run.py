@@ -1,0 +1,260 @@
+"""Runs the cells of a file: what changed is exported, all of it is judged, and what came of it is kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import edgeattn
+from edgeattn.bundle import Bundle
+from edgeattn.bundle.runner_state import about
+from edgeattn.check import lock as locks
+from edgeattn.check.file import Wanted
+from edgeattn.check.judge import findings_of, judge, locked_bytes
+from edgeattn.check.latency import Gates
+from edgeattn.core.errors import EdgeAttnError
+from edgeattn.core.files import write_whole
+from edgeattn.core.hashing import sha256_data, sha256_sources
+from edgeattn.pipeline.cells import CALL, planned_key
+from edgeattn.pipeline.executor import Executor, Task, Watcher
+from edgeattn.pipeline.stages import PACKAGE
+from edgeattn.report.checks.data import Checked, Item, Run
+
+#: Beside the file: bundles, results of the last run, baselines. Nothing in it is for version control.
+WORK = ".edgeattn"
+#: Errors that the next run may not meet again: they are looked for anew each time.
+_PASSING = ("Crashed", "ToolchainMissing", "UsageError", "DeviceUnreachable")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a file is checked.
+
+    Attributes:
+        work: folder of bundles and results. lock: the lock file.
+        locked: other bytes than accepted are failures. update: accept what holds.
+        baseline: folder of another commit's bundles, in place of the accepted ones.
+        again: run all cells, also those of which nothing changed.
+        inside: a file's path as it is shown, or None for files outside of the user's own.
+    """
+
+    work: Path
+    lock: Path
+    locked: bool = False
+    update: bool = False
+    baseline: Path | None = None
+    again: bool = False
+    inside: Callable[[str], str | None] = field(default=lambda file: file)
+
+
+def machine() -> str:
+    """This machine in words, as far as times depend on it."""
+    here = about()
+    return f"{here['cpu'] or platform.processor() or 'unknown CPU'}, {here['cores']} cores, {here['system']}"
+
+
+def run(
+    wanted: Sequence[Wanted], asked: Asked, executor: Executor, watch: Watcher, say: Callable[[str], None]
+) -> tuple[Run, locks.Lock | None]:
+    """Export what changed, and judge all.
+
+    Returns:
+        What came of it, and with ``asked.update`` the lock file's new content.
+
+    Raises:
+        UsageError: the lock file or the work folder cannot be read or written. KeyboardInterrupt: Ctrl-C; the results
+            of finished cells are kept.
+    """
+    begun, here = time.perf_counter(), machine()
+    lock = locks.read(asked.lock)
+    outcomes, fresh = _outcomes(wanted, asked, executor, watch)
+    gates = Gates(asked.work, asked.baseline, here, say, asked.again)
+    cells, entries = [], {}
+    for one in wanted:
+        outcome, locked = outcomes[one.id], lock.cells.get(one.id) if lock else None
+        if outcome["held"] and one.budgets.peak_memory_mb is not None:
+            _measure_memory(outcome, say)
+            _keep(asked, one, outcome)
+        items = judge(one, outcome, locked, here)
+        if asked.locked and (item := locked_bytes(one, outcome, locked)):
+            items.append(item)
+        latency = None
+        if one.budgets.latency and not asked.update:
+            item, latency = gates.check(one, outcome, locked)
+            items.append(item)
+        facts, lint = outcome["facts"] if outcome["held"] else {}, findings_of(one, outcome, asked.inside)
+        cells.append(
+            Checked(
+                one.suite,
+                one.name,
+                outcome["cell"],
+                tuple(items),
+                facts,
+                tuple(lint),
+                outcome["bundle"],
+                one.id not in fresh,
+                outcome["facts"].get("wall_s", 0.0) if one.id in fresh else 0.0,
+                latency,
+            )
+        )
+        if outcome["held"]:
+            entries[one.id] = locks.entry_of(Bundle.open(outcome["bundle"]), outcome, here)
+    changes = _changes(lock, entries, [one.id for one in wanted]) if lock or asked.update else []
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    done = Run(wanted[0].file, created, edgeattn.__version__, tuple(cells), tuple(changes), time.perf_counter() - begun)
+    return done, _accepted(lock, entries, done, gates, wanted) if asked.update else None
+
+
+def _outcomes(
+    wanted: Sequence[Wanted], asked: Asked, executor: Executor, watch: Watcher
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Outcomes by cell, and which of them were made now."""
+    _make_work(asked.work)
+    found, tasks = {}, {}
+    for one in wanted:
+        outcome = None if asked.again else _kept(asked, one)
+        if outcome is not None:
+            found[one.id] = outcome
+            continue
+        folder = asked.work / "bundles" / one.folder
+        argument = {"cell": one.cell.to_dict(), "output": str(folder)}
+        tasks[one.id] = Task(sha256_data({"call": CALL, **argument}), CALL, argument, one.id)
+    by_key = {task.key: one for one in wanted if (task := tasks.get(one.id))}
+    done = executor.run(list(tasks.values()), _Keeping(watch, lambda key, o: _keep(asked, by_key[key], o)))
+    for one in wanted:
+        if task := tasks.get(one.id):
+            result = done[task.key]
+            found[one.id] = result.result or _crashed(one, result.error or {})
+    return found, set(tasks)
+
+
+def _crashed(one: Wanted, error: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of a cell whose process did not come to say one."""
+    empty: dict[str, Any] = {
+        "key": "",
+        "bundle": "",
+        "digest": "",
+        "artifacts": {},
+        "lint": [],
+        "facts": {},
+        "stages": [],
+    }
+    return {**empty, "cell": one.cell.to_dict(), "held": False, "stage": "build", "error": dict(error)}
+
+
+class _Keeping:
+    """A watcher that keeps each result as it comes, so that Ctrl-C loses none."""
+
+    def __init__(self, watch: Watcher, keep: Callable[[str, dict[str, Any]], None]) -> None:
+        self._watch, self._keep = watch, keep
+        self.started, self.said = watch.started, watch.said
+
+    def finished(self, task: Task, done: Any) -> None:
+        """See ``Watcher``."""
+        if done.result is not None:
+            self._keep(task.key, done.result)
+        self._watch.finished(task, done)
+
+
+def _make_work(work: Path) -> None:
+    """With a file that keeps it out of version control."""
+    ignore = work / ".gitignore"
+    if not ignore.is_file():
+        write_whole(ignore, b"# Made by edgeattn check: bundles and results, which it makes again.\n*\n")
+
+
+def _file(asked: Asked, one: Wanted) -> Path:
+    return asked.work / "results" / f"{sha256_data(one.id)}.json"
+
+
+def _code() -> str:
+    """What makes facts of a bundle: results of other code are made again."""
+    return sha256_sources(PACKAGE, ("pipeline/cells.py", "profile/roofline.py"))
+
+
+def _keep(asked: Asked, one: Wanted, outcome: Mapping[str, Any]) -> None:
+    """A result that the next run need not make again."""
+    if outcome["held"] or outcome["error"]["kind"] not in _PASSING:
+        data = {"code": _code(), "cell": one.cell.to_dict(), "outcome": outcome}
+        write_whole(_file(asked, one), json.dumps(data, allow_nan=False).encode())
+
+
+def _kept(asked: Asked, one: Wanted) -> dict[str, Any] | None:
+    """The cell's last outcome, if nothing that goes into it has changed and its bundle is still there."""
+    try:
+        data = json.loads(_file(asked, one).read_text(encoding="utf-8"))
+        outcome: dict[str, Any] = data["outcome"]
+        same = data["code"] == _code() and data["cell"] == one.cell.to_dict()
+        if not same or not outcome["key"] or outcome["key"] != planned_key(one.cell):
+            return None
+        if outcome["held"]:
+            bundle = Bundle.open(outcome["bundle"])
+            sizes = {name: (bundle.path / name).stat().st_size for name in bundle.manifest.files}
+            whole = all(info.size == sizes[name] for name, info in bundle.manifest.files.items())
+            if not whole or bundle.manifest.digest != outcome["digest"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, EdgeAttnError):
+        return None
+    return outcome
+
+
+def _measure_memory(outcome: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Adds the fact ``run_mb``: what a process that runs the bundle takes; None where it cannot run here."""
+    from edgeattn.profile.measure import Effort
+    from edgeattn.profile.run import Wanted as Runs
+    from edgeattn.profile.run import jobs_of, measure
+
+    if "run_mb" in outcome["facts"]:
+        return
+    bundle = Bundle.open(outcome["bundle"])
+    try:
+        jobs = jobs_of([bundle], Runs(backend=bundle.manifest.backend))
+        effort = Effort(rounds=1, runs=3, warmup=1, operations=False)
+        records = measure(jobs, "local", effort, say).records
+        outcome["facts"]["run_mb"] = records[0].memory.peak_rss_mb if records else None
+    except EdgeAttnError:
+        outcome["facts"]["run_mb"] = None
+
+
+def _changes(lock: locks.Lock | None, entries: Mapping[str, locks.Entry], names: Sequence[str]) -> list[str]:
+    """What differs from the lock file."""
+    old = lock or locks.Lock()
+    found = [text for name, entry in entries.items() for text in locks.changes(name, old.cells.get(name), entry)]
+    return found + [f"{name}: not asked for any more" for name in locks.gone(old, names)]
+
+
+def _accepted(
+    lock: locks.Lock | None, entries: Mapping[str, locks.Entry], done: Run, gates: Gates, wanted: Sequence[Wanted]
+) -> locks.Lock:
+    """The lock file with what holds; what fails for another reason than the lock file stays as it was.
+
+    Bundles of cells that have a budget of latency become the baseline.
+    """
+    old = lock.cells if lock else {}
+    cells = {}
+    for one, cell in zip(wanted, done.cells, strict=True):
+        entry = entries.get(one.id)
+        if entry is not None and not any(_stands(item) for item in cell.items):
+            # Of the same artifact on the same versions the first export's seconds stay.
+            before = old.get(one.id)
+            same = before is not None and not list(locks.changes(one.id, before, entry))
+            cells[one.id] = before if before is not None and same else entry
+            if one.budgets.latency:
+                gates.accept(one, Path(cell.bundle))
+        elif one.id in old:
+            cells[one.id] = old[one.id]
+    return locks.Lock(cells=cells)
+
+
+def of_lock(item: Item) -> bool:
+    """Whether an item holds a cell against what was accepted before, so that accepting anew mends it."""
+    return item.name.startswith("growth of ") or item.name in ("export time", "locked", "latency")
+
+
+def _stands(item: Item) -> bool:
+    return item.status == "failed" and not of_lock(item)

@@ -1,0 +1,1 @@
+"""What came of export checks, for people and for CI."""
