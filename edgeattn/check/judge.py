@@ -34,7 +34,11 @@ _AT_LEAST = {"note": "a note or worse", "warning": "a warning or worse", "error"
 _FORMS = {"relative_l2": "{:.3g}", "bytes": "{:,}", **{fact: form for fact, _, _, form in _LIMITS}}
 
 
-def judge(wanted: Wanted, outcome: Mapping[str, Any], locked: Entry | None, machine: str) -> list[Item]:
+#: A file's path as it is shown, or None for files outside of the user's own.
+Inside = Callable[[str], str | None]
+
+
+def judge(wanted: Wanted, outcome: Mapping[str, Any], locked: Entry | None, machine: str, inside: Inside) -> list[Item]:
     """What a cell is held to, but for its latency and its bytes.
 
     Args:
@@ -43,7 +47,7 @@ def judge(wanted: Wanted, outcome: Mapping[str, Any], locked: Entry | None, mach
     """
     items = [_lint(wanted, outcome)]
     if not outcome["held"]:
-        return _ended(wanted, outcome, items[0])
+        return _ended(wanted, outcome, items[0], inside)
     facts = outcome["facts"]
     items = [Item("export", "held", f"in {facts['seconds']:.1f} s", wanted.place()), _numbers(wanted, facts), *items]
     items += [item for item in (_accuracy(wanted, facts),) if item]
@@ -52,21 +56,22 @@ def judge(wanted: Wanted, outcome: Mapping[str, Any], locked: Entry | None, mach
     return items
 
 
-def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item) -> list[Item]:
+def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item, inside: Inside) -> list[Item]:
     """Items of an export that ended early: one failed, what it would have been held to is skipped."""
     error, stage = outcome["error"], outcome["stage"]
-    name = "export"
-    if error["kind"] == "CheckFailed":
+    by_lint = error["kind"] == "CheckFailed" and error["what"].startswith("lint: ")
+    name = "lint" if by_lint else "export"
+    if error["kind"] == "CheckFailed" and not by_lint:
         # Accuracy and numbers are looked at by the same stage, and end it with one error.
         name = "accuracy" if "accuracy" in error["what"] else "numerics"
-    if lint.status == "failed" and stage in ("lint", "quantize", "lower"):
+    if by_lint and lint.status == "failed":
         failed = lint
     else:
         failed = Item(
             name,
             "failed",
             ": ".join(part for part in (error["what"], error["value"]) if part),
-            _place(wanted, error, name),
+            _place(wanted, error, name, inside),
             why=" ".join(part for part in (error["where"] and f"{error['where']}:", error["why"]) if part),
             fix=error["fix"] or "",
             details=tuple(error["details"][:20]),
@@ -79,26 +84,23 @@ def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item) -> list[Item]
     return [failed, *skipped]
 
 
-def _place(wanted: Wanted, error: Mapping[str, Any], name: str) -> Place:
+def _place(wanted: Wanted, error: Mapping[str, Any], name: str, inside: Inside) -> Place:
     """Of an error in a recipe its line there; of numbers the budget's; else the model's line."""
     file = (error["where"] or "").partition(", ")[0]
-    if error["exit_code"] == 2 and file.endswith(".toml") and Path(file).is_file() and file != wanted.file:
+    shown = inside(file) if file.endswith(".toml") and Path(file).is_file() else None
+    if error["exit_code"] == 2 and shown is not None:
         try:
             lines = schema.lines_of(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError):
-            return Place(file)
-        return place_in(file, lines, error["why"] or "")
+            return Place(shown)
+        return place_in(shown, lines, error["why"] or "")
     if name == "numerics":
         return wanted.place("numerics", wanted.cell.precision)
     return wanted.place("accuracy_drop") if name == "accuracy" else wanted.place()
 
 
-def findings_of(wanted: Wanted, outcome: Mapping[str, Any], inside: Callable[[str], str | None]) -> list[Finding]:
-    """A cell's lint findings and their lines: of the model's source where they have one there, else of the model.
-
-    Args:
-        inside: a file's path as it is shown, or None for files outside of the user's own.
-    """
+def findings_of(wanted: Wanted, outcome: Mapping[str, Any], inside: Inside) -> list[Finding]:
+    """A cell's lint findings and their lines: of the model's source where they have one there, else of the model."""
     found = []
     for data in outcome["lint"]:
         file = inside(data["file"]) if data.get("file") else None

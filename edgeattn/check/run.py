@@ -15,7 +15,7 @@ from edgeattn.bundle import Bundle
 from edgeattn.bundle.runner_state import about
 from edgeattn.check import lock as locks
 from edgeattn.check.file import Wanted
-from edgeattn.check.judge import findings_of, judge, locked_bytes
+from edgeattn.check.judge import Inside, findings_of, judge, locked_bytes
 from edgeattn.check.latency import Gates
 from edgeattn.core.errors import EdgeAttnError
 from edgeattn.core.files import write_whole
@@ -40,7 +40,7 @@ class Asked:
         locked: other bytes than accepted are failures. update: accept what holds.
         baseline: folder of another commit's bundles, in place of the accepted ones.
         again: run all cells, also those of which nothing changed.
-        inside: a file's path as it is shown, or None for files outside of the user's own.
+        inside: see ``check.judge.Inside``.
     """
 
     work: Path
@@ -49,7 +49,7 @@ class Asked:
     update: bool = False
     baseline: Path | None = None
     again: bool = False
-    inside: Callable[[str], str | None] = field(default=lambda file: file)
+    inside: Inside = field(default=lambda file: file)
 
 
 def machine() -> str:
@@ -80,7 +80,7 @@ def run(
         if outcome["held"] and one.budgets.peak_memory_mb is not None:
             _measure_memory(outcome, say)
             _keep(asked, one, outcome)
-        items = judge(one, outcome, locked, here)
+        items = judge(one, outcome, locked, here, asked.inside)
         if asked.locked and (item := locked_bytes(one, outcome, locked)):
             items.append(item)
         latency = None

@@ -23,7 +23,7 @@ ENTRY = Entry(
 
 
 def items(of: Any, result: dict[str, Any], locked: Entry | None = None, machine: str = "here") -> dict[str, Item]:
-    found = judge(of, result, locked, machine)
+    found = judge(of, result, locked, machine, lambda file: file)
     assert len({item.name for item in found}) == len(found)
     return {item.name: item for item in found}
 
@@ -81,6 +81,13 @@ def test_lint_fails_at_its_level_and_is_the_only_failure(tmp_path: Path) -> None
     found = items(ended, result)
     assert [n for n, i in found.items() if i.status == "failed"] == ["lint"]
     assert found["lint"].fix == "write it otherwise"
+    # Found in the artifact: the stage that would have listed it ended with it.
+    late = items(ended, failed(ended, "lower", what="lint: a late pattern"))
+    assert (late["lint"].status, late["lint"].words) == ("failed", "lint: a late pattern")
+    # A conversion that fails beside a warning is no lint failure.
+    of = one(tmp_path, 'lint = "warning"')
+    both = items(of, failed(of, "lower", "ConversionFailed") | {"lint": [finding("warning")]})
+    assert [n for n, i in both.items() if i.status == "failed"] == ["export", "lint"]
     for level, status in (("error", "held"), ("warning", "failed"), ("note", "failed")):
         of = one(tmp_path, f'lint = "{level}"')
         assert items(of, outcome(of) | {"lint": [finding("warning")]})["lint"].status == status

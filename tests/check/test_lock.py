@@ -16,7 +16,7 @@ _ENTRY = st.builds(
     Entry,
     artifacts=st.dictionaries(st.text(min_size=1), st.text("0123456789abcdef", min_size=64, max_size=64), max_size=2),
     facts=st.fixed_dictionaries(dict.fromkeys(KEPT, _NUMBER)),
-    versions=st.dictionaries(st.text(min_size=1), st.one_of(st.none(), st.text()), max_size=2),
+    versions=st.dictionaries(st.text(min_size=1), st.one_of(st.none(), st.text(min_size=1)), max_size=2),
     machine=st.text(),
     seconds=st.floats(0, 1e6),
     peak_mb=st.one_of(st.none(), st.floats(0, 1e6)),

@@ -20,7 +20,7 @@ def workflow_commands(run: Run) -> Iterator[str]:
     https://docs.github.com/actions/reference/workflow-commands-for-github-actions
     """
     for cell, item in run.failures():
-        if item.name != "lint" or not cell.lint:
+        if item.name != "lint" or not any(finding.fails for finding in cell.lint):
             yield command("error", item.place, f"{cell.label}: {item.name}", _words(item))
     for cell, item in run.warnings():
         yield command("warning", item.place, f"{cell.label}: {item.name}", _words(item))

@@ -52,7 +52,7 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> s
 def _cell(cell: Checked) -> str:
     rows = []
     for item in cell.items:
-        found = " ".join([item.words, *item.details[:5]])
+        found = "; ".join([item.words, *item.details[:5]])
         rows.append((item.status, (f"{MARKS[item.status]} {item.name}", found, item.why, item.fix, str(item.place))))
     parts = [_table(("check", "found", "why", "what to do", "asked for at"), rows)]
     if cell.lint:
