@@ -4,15 +4,19 @@ Standard library, NumPy and the runtime; Python 3.9 and newer. Beside run.py in 
 
 With ``--paced`` the process says when it is warm, and measures a block for every line that it reads: EdgeAttn lets the
 blocks of several bundles take turns in that way. A line is JSON: ``{"seconds": s, "least": n}`` is a block,
-``{"state": true}`` asks for the machine's; the end of the input asks for the result.
+``{"state": true}`` asks for the machine's, ``{"count": n}`` for the instructions of each of n runs, where ``uncounted``
+is "" among what it says when it is warm; the end of the input asks for the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import errno
 import json
 import os
 import platform
+import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -27,6 +31,9 @@ Data = run.Data
 #: Writes a line of an answer while blocks are asked for; None where nobody asks.
 _SAY: list[Callable[[Data], None]] = []
 
+#: Of ``open_counter``, where blocks are asked for.
+_COUNTER: list[tuple[int, str]] = []
+
 #: A warm-up has windows of at least so long and so many runs; it is over when two in a row agree, or at the limits.
 WINDOW_S, WINDOW_RUNS = 0.05, 5
 STEADY, WARM_S, WARM_RUNS = 0.03, 10.0, 5000
@@ -39,6 +46,8 @@ def profile(manifest: Data, part: Data, options: argparse.Namespace, threads: in
     if part["backend"] in run.PARTS:
         found: Data = run.own(part["backend"]).profile(manifest, part, options)
         return found
+    if options.paced:  # before the runtime is there: the threads that it starts count as well
+        _COUNTER.append(open_counter())
     run.check_first_use(manifest, part, threads)
     state = run.own("state").machine_state
     before = state()
@@ -116,6 +125,7 @@ def timings(
     begun = time.perf_counter()
     if _SAY:
         place = {"python": sys.version.split()[0], "machine": platform.machine(), **run.own("state").about()}
+        place.update({"uncounted": _COUNTER[0][1]} if _COUNTER else {})
         times = _on_demand(timed, {**(about or {}), **ready, "warm_ms": timed(), **place})
     else:
         while not _enough(len(times), time.perf_counter() - begun, runs, least):
@@ -132,6 +142,9 @@ def _on_demand(timed: Callable[[], float], ready: Data) -> list[float]:
         if "state" in asked:
             say({"state": run.own("state").machine_state(gpu=ready.get("backend") == "tensorrt")})
             continue
+        if "count" in asked:
+            say({"counted": [counted(_COUNTER[0][0], timed) for _ in range(asked["count"])]})
+            continue
         block: list[float] = []
         begun = time.perf_counter()
         while len(block) < asked["least"] or time.perf_counter() - begun < asked["seconds"]:
@@ -139,6 +152,54 @@ def _on_demand(timed: Callable[[], float], ready: Data) -> list[float]:
         times += block
         say({"times": block})
     return times
+
+
+#: Linux's number of perf_event_open(2) by machine, and the event of instructions: its type, and which of that.
+COUNTER_CALL = {"x86_64": 298, "i686": 336, "aarch64": 241, "armv7l": 364, "armv6l": 364, "riscv64": 241}
+INSTRUCTIONS = (0, 1)
+
+
+def open_counter(event: tuple[int, int] = INSTRUCTIONS) -> tuple[int, str]:
+    """A counter of what this process and the threads that it starts from now on do, outside of the kernel.
+
+    Returns its file, -1 where there is none, and why there is none, "" where there is.
+    """
+    machine = platform.machine()
+    if machine == "aarch64" and sys.maxsize < 2**32:
+        machine = "armv7l"  # a 32-bit Python under a 64-bit kernel calls it by the number of the former
+    if not sys.platform.startswith("linux") or machine not in COUNTER_CALL:
+        return -1, f"no counter is known on {platform.system()}, {machine}"
+    # struct perf_event_attr in its first version, 64 bytes: type, size, config, period, samples, what is read (1 + 2:
+    # for how long it was wanted and was counting), flags (1 + 2 + 32 + 64: begin disabled, threads too, neither kernel
+    # nor hypervisor).
+    about = struct.pack("=IIQQQQQIIQ", event[0], 64, event[1], 0, 0, 1 + 2, 1 + 2 + 32 + 64, 0, 0, 0)
+    system = ctypes.CDLL(None, use_errno=True)
+    # Of this process on any core, in no group; closed where another program takes its place.
+    numbers = [ctypes.c_long(number) for number in (0, -1, -1, 8)]
+    file = system.syscall(ctypes.c_long(COUNTER_CALL[machine]), ctypes.create_string_buffer(about, 64), *numbers)
+    if file >= 0:
+        return file, ""
+    why = {
+        errno.ENOENT: "the processor shows no such counter, as in many virtual machines",
+        errno.EACCES: "the system forbids it: see kernel.perf_event_paranoid",
+        errno.EPERM: "the system forbids it, as in many containers",
+    }
+    return -1, why.get(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def counted(file: int, timed: Callable[[], float]) -> int | None:
+    """What a counter counts of one run; None where it was not there all the time, as others wanted it."""
+    import fcntl
+
+    def read() -> tuple[int, ...]:
+        return struct.unpack("=QQQ", os.read(file, 24))
+
+    before = read()
+    fcntl.ioctl(file, 0x2400, 0)  # PERF_EVENT_IOC_ENABLE
+    timed()
+    fcntl.ioctl(file, 0x2401, 0)  # PERF_EVENT_IOC_DISABLE
+    count, wanted, ran = (after - was for after, was in zip(read(), before))  # noqa: B905 (Python 3.9)
+    return count if ran >= wanted else None
 
 
 def warmed(timed: Callable[[], float], warmup: int | None) -> tuple[int, bool]:

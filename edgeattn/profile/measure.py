@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeattn.core.errors import EdgeAttnError
-from edgeattn.profile.statistics import paired_ratio, summarize
+from edgeattn.profile.statistics import Blocks, paired_ratio, summarize
 from edgeattn.profile.transports.base import Say, Transport, silent
 from edgeattn.profile.transports.live import Live, Start
 
@@ -35,6 +35,10 @@ GROUP = 8
 WARMER_C, WARM_C, LOOK_S = 5.0, 60.0, 2.0
 #: Backends whose runner measures whole processes only.
 UNPACED = ("coreml",)
+#: Runs of a process whose instructions are counted.
+COUNTED = 3
+#: What must stay the same over the processes of a job, and how a note begins where it did not.
+SAME, CHANGED = ("cpu", "cores", "machine", "system", "python", "runtime", "gpu", "driver"), "the machine changed"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Effort:
         limit_s: no round begins later than that; the first one always does.
         cooldown_s: how long a machine may cool down before a round, at most.
         operations: whether each operation is timed too, in a process of its own after the others.
+        instructions: whether instructions are counted too, where the machine has a counter.
+        enough: of several jobs that take turns, whether their blocks suffice, asked before each further round without
+            ``rounds``; None for ``TOGETHER`` and ratios with narrow intervals.
     """
 
     rounds: int | None = None
@@ -82,6 +89,8 @@ class Effort:
     limit_s: float = 300.0
     cooldown_s: float = 60.0
     operations: bool = True
+    instructions: bool = False
+    enough: Callable[[Sequence[Blocks]], bool] | None = None
 
 
 @dataclass
@@ -93,6 +102,7 @@ class Measured:
         ready: what each process said when it was warm. results: what it said in the end.
         states: (second, state) of the machine.
         operations: rows of ``run_profile.each_operation``, and what measured them; empty without.
+        counts: instructions of single runs, by process; None of a run that the counter missed a part of.
         notes: what a reader must know.
         failed: why the job could not be measured, or not to its end.
     """
@@ -104,6 +114,7 @@ class Measured:
     states: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     operations: list[list[Any]] = field(default_factory=list)
     operations_by: str = ""
+    counts: list[list[int | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: EdgeAttnError | None = None
 
@@ -183,7 +194,10 @@ class Session:
 
         It looks at widths alone, and never at where an interval lies.
         """
-        if group[0].job.backend in UNPACED or number < (ALONE if len(group) == 1 else TOGETHER):
+        paced = group[0].job.backend not in UNPACED
+        if paced and len(group) > 1 and self._effort.enough is not None:
+            return self._effort.enough([one.blocks for one in group])
+        if not paced or number < (ALONE if len(group) == 1 else TOGETHER):
             return False
         if len(group) == 1:
             return summarize(group[0].blocks).half_width <= self._effort.within
@@ -211,6 +225,7 @@ class Session:
                     lives.append((one, live))
                     one.ready.append(live.ready())
                     one.blocks.append([])
+                    self._same_machine(one)
                     self._state(one, "before" if len(one.ready) == 1 else "during", one.ready[-1]["before"])
                     if one is order[0]:
                         self._cool_down(one, live, words)
@@ -225,6 +240,8 @@ class Session:
                         one.blocks[-1].append(live.ask("times", seconds=seconds, least=least))
             for one, live in (pair for pair in lives if pair[0].failed is None):
                 with self._noting(one):
+                    if effort.instructions and one.ready[-1].get("uncounted") == "":
+                        one.counts.append(live.ask("counted", count=1 if runs == 1 else COUNTED))
                     self._state(one, "during", live.ask("state", state=True))
                     result = live.finish()
                     one.results.append(result)
@@ -246,6 +263,14 @@ class Session:
             if error.exit_code == 5 or len(self.done) == 1:
                 raise
             one.failed = error
+
+    def _same_machine(self, one: Measured) -> None:
+        """Note it where this process is elsewhere than the job's first: a virtual machine may move, as it runs."""
+        first, now = one.ready[0], one.ready[-1]
+        moved = [f"{key} from {first.get(key)} to {now.get(key)}" for key in SAME if first.get(key) != now.get(key)]
+        note = f"{CHANGED}: {', '.join(moved)}"
+        if moved and note not in one.notes:
+            one.notes.append(note)
 
     def _so_far(self, order: list[Measured]) -> str:
         """The medians of what was measured, for the line of progress."""

@@ -46,12 +46,14 @@ class Outcome:
     Attributes:
         records: in the order of the jobs. ratios: B over A of each further record against the first, by the record's
             id, of those whose blocks took turns.
+        counts: instructions of single runs by process, and "" or why there are none, by the record's id.
         failed: (bundle, error) of jobs that could not be measured. unmeasured: (label, why) of compute units.
         stopped: the error that ended it early, with what was measured before in ``records``.
     """
 
     records: list[Record] = field(default_factory=list)
     ratios: dict[str, Ratio] = field(default_factory=dict)
+    counts: dict[str, tuple[list[list[int | None]], str]] = field(default_factory=dict)
     failed: list[tuple[str, EdgeAttnError]] = field(default_factory=list)
     unmeasured: list[tuple[str, str]] = field(default_factory=list)
     stopped: BaseException | None = None
@@ -204,6 +206,8 @@ def measure(
             outcome.records += made
             if len(made) != 1:
                 continue
+            said = one.ready[-1].get("uncounted", "the runner of this bundle has no counter") if one.ready else ""
+            outcome.counts[made[0].id] = (one.counts, said)
             if base is None:
                 base = (number, made[0])
                 continue

@@ -7,6 +7,7 @@ did just then. So processes are drawn, then blocks inside of them, and never sin
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -119,8 +120,11 @@ class Ratio:
         return "pass" if self.high <= 1 + margin else "inconclusive"
 
 
-def paired_ratio(a: Blocks, b: Blocks, confidence: float = CONFIDENCE) -> Ratio:
+def paired_ratio(a: Blocks, b: Blocks, confidence: float = CONFIDENCE, again: Blocks | None = None) -> Ratio:
     """B's times over A's, where the blocks of process i of both took turns.
+
+    Args:
+        again: A's in further processes, which took turns with them too: B is held against the geometric mean of both.
 
     A pair of neighbouring blocks has met the same machine: the ratio of their medians is what is looked at. Its median
     over the blocks of a process is the process's, and processes are what the interval is over: two of their sorted
@@ -131,19 +135,31 @@ def paired_ratio(a: Blocks, b: Blocks, confidence: float = CONFIDENCE) -> Ratio:
     Raises:
         ValueError: fewer than two processes have blocks of both.
     """
+    return over_rounds(paired_logs(a, b, again), confidence)
+
+
+def paired_logs(a: Blocks, b: Blocks, again: Blocks | None = None) -> list[float]:
+    """Of every round the logarithm of its own ratio, see ``paired_ratio``; none of a round without blocks of all."""
     logs = []
-    for ours, theirs in zip(a, b, strict=False):
+    for theirs, *ours in zip(b, a, *([] if again is None else [again]), strict=False):
         pairs = [
-            math.log(float(np.median(y)) / float(np.median(x)))
-            for x, y in zip(ours, theirs, strict=False)
-            if len(x) and len(y)
+            _log(y) - statistics.fmean(map(_log, xs))
+            for y, *xs in zip(theirs, *ours, strict=False)
+            if all(map(len, (y, *xs)))
         ]
         if pairs:
-            logs.append(float(np.median(pairs)))
-    return _over_rounds(np.array(logs), confidence)
+            logs.append(statistics.median(pairs))
+    return logs
 
 
-def _over_rounds(logs: Array, confidence: float) -> Ratio:
+def _log(block: Sequence[float]) -> float:
+    """Of a block's median; NumPy's takes longer for so few."""
+    return math.log(statistics.median(block))
+
+
+def over_rounds(logs: Sequence[float] | Array, confidence: float = CONFIDENCE) -> Ratio:
+    """The median of the rounds' ratios, given as logarithms, with its interval. Raises as ``paired_ratio``."""
+    logs = np.asarray(logs, dtype=np.float64)
     if len(logs) < 2:
         raise ValueError("a ratio needs two pairs of processes at least")
     middle = float(np.median(logs))

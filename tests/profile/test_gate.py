@@ -1,7 +1,8 @@
-"""The ratio of two bundles, measured: it tells a slow-down from none. On whatever machine this runs, with its noise."""
+"""The gate, measured: it tells a slow-down from none. On whatever machine this runs, with its noise."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from edgeattn.bundle import Bundle
 def test_the_same_bundle_twice_and_one_that_is_slower(noise: int, digits: Bundle, tmp_path: Path) -> None:
     ten = slower(digits.path, tmp_path, 0.10)
     with busy(noise):
-        same = [once(digits.path, digits.path, 1) for _ in range(3)]
-        found = [once(digits.path, ten, 1) for _ in range(2)]
-    # Of 20 one may miss: of 3 none, or one by bad luck.
-    assert sum(ratio.low <= 1 <= ratio.high for ratio in same) >= 2, same
-    assert not any(ratio.verdict(0.05) == "regress" for ratio in same), same
-    assert all(ratio.low > 1 for ratio in found), found
+        same = Counter(once(digits.path, digits.path, 1).verdict for _ in range(1 if noise else 2))
+        found = once(digits.path, ten, 1)
+    assert same["regress"] == same["refused"] == 0, same
+    # It may be that a machine with this noise cannot tell; it must not say that nothing is there.
+    assert found.verdict in ("regress", "inconclusive"), found
+    assert found.ratio is not None
+    assert found.ratio.low > 1, found

@@ -76,7 +76,7 @@ def test_processes_that_are_far_off_leave_the_interval_valid(rounds: int) -> Non
     held = 0
     for _ in range(200):
         logs = random.normal(0, 0.01, rounds) + np.where(random.random(rounds) < 0.15, random.normal(0, 0.1, rounds), 0)
-        found = statistics._over_rounds(logs, 0.95)
+        found = statistics.over_rounds(logs, 0.95)
         held += found.low <= 1 <= found.high
     assert held >= 0.95 * 200
 
