@@ -20,7 +20,7 @@ from edgeattn.check.latency import Gates
 from edgeattn.core.errors import EdgeAttnError
 from edgeattn.core.files import write_whole
 from edgeattn.core.hashing import sha256_data, sha256_sources
-from edgeattn.pipeline.cells import CALL, planned_key
+from edgeattn.pipeline.cells import CALL, no_outcome, planned_key
 from edgeattn.pipeline.executor import Executor, Task, Watcher
 from edgeattn.pipeline.stages import PACKAGE
 from edgeattn.report.checks.data import Checked, Item, Run
@@ -129,22 +129,8 @@ def _outcomes(
     for one in wanted:
         if task := tasks.get(one.id):
             result = done[task.key]
-            found[one.id] = result.result or _crashed(one, result.error or {})
+            found[one.id] = result.result or no_outcome(one.cell, result.error)
     return found, set(tasks)
-
-
-def _crashed(one: Wanted, error: Mapping[str, Any]) -> dict[str, Any]:
-    """The outcome of a cell whose process did not come to say one."""
-    empty: dict[str, Any] = {
-        "key": "",
-        "bundle": "",
-        "digest": "",
-        "artifacts": {},
-        "lint": [],
-        "facts": {},
-        "stages": [],
-    }
-    return {**empty, "cell": one.cell.to_dict(), "held": False, "stage": "build", "error": dict(error)}
 
 
 class _Keeping:

@@ -13,9 +13,10 @@ from typing import Any
 
 from edgeattn.bundle import Bundle
 from edgeattn.bundle.manifest import FileInfo, Manifest
-from edgeattn.core.errors import EdgeAttnError
+from edgeattn.core.errors import Crashed, EdgeAttnError
 from edgeattn.core.hashing import sha256_data
 from edgeattn.pipeline.cache import Cache
+from edgeattn.pipeline.child import as_data
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.plan import known_key
 
@@ -105,7 +106,7 @@ class _Stages:
 
 
 def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Export a cell.
+    """Export a cell; a stage whose process is killed is run once more.
 
     Args:
         argument: ``{"cell": Cell.to_dict(), "output": folder}``.
@@ -116,16 +117,19 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
         ``facts``, and the ``stages`` with their keys and whether they ran now.
     """
     cell = Cell.from_dict(argument["cell"])
-    outcome: dict[str, Any] = {"cell": cell.to_dict(), "held": False, "stage": "resolve", "error": None, "bundle": ""}
-    outcome |= {"digest": "", "key": "", "artifacts": {}, "lint": [], "facts": {}, "stages": []}
+    outcome = no_outcome(cell, None)
     watch, begun = _Stages(say), time.perf_counter()
     try:
         job = cell.job()
         outcome["stage"] = "build"
-        outcome |= _export(cell, job, Path(argument["output"]), watch)
+        try:
+            outcome |= _export(cell, job, Path(argument["output"]), watch)
+        except Crashed:
+            say("its process died; once more")
+            outcome |= _export(cell, job, Path(argument["output"]), watch)
     except EdgeAttnError as error:
         outcome["stage"] = watch.now or outcome["stage"]
-        outcome["error"] = {"kind": type(error).__name__, "exit_code": error.exit_code, **_parts(error)}
+        outcome["error"] = as_data(error)
         outcome["facts"] = {"wall_s": time.perf_counter() - begun}
         if outcome["stage"] != "resolve":
             # Known by now: a failure that was looked for once need not be looked for again.
@@ -134,9 +138,10 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
     return outcome
 
 
-def _parts(error: EdgeAttnError) -> dict[str, Any]:
-    parts = {name: getattr(error, name) for name in ("what", "value", "where", "why", "fix", "details")}
-    return parts | {"value": None if error.value is None else str(error.value)}
+def no_outcome(cell: Cell, error: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An outcome before there is one, or of a cell whose process gave none but an error."""
+    found: dict[str, Any] = {"cell": cell.to_dict(), "held": False, "stage": "resolve", "error": error, "bundle": ""}
+    return found | {"digest": "", "key": "", "artifacts": {}, "lint": [], "facts": {}, "stages": []}
 
 
 def _findings(job: Job) -> list[dict[str, Any]]:
