@@ -20,15 +20,13 @@ from edgeattn.check.latency import Gates
 from edgeattn.core.errors import EdgeAttnError
 from edgeattn.core.files import write_whole
 from edgeattn.core.hashing import sha256_data, sha256_sources
-from edgeattn.pipeline.cells import CALL, no_outcome, planned_key
+from edgeattn.pipeline.cells import CALL, no_outcome, planned_key, stands
 from edgeattn.pipeline.executor import Executor, Task, Watcher
 from edgeattn.pipeline.stages import PACKAGE
 from edgeattn.report.checks.data import Checked, Item, Run
 
 #: Beside the file: bundles, results of the last run, baselines. Nothing in it is for version control.
 WORK = ".edgeattn"
-#: Errors that the next run may not meet again: they are looked for anew each time.
-_PASSING = ("Crashed", "ToolchainMissing", "UsageError", "DeviceUnreachable")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,28 @@ def machine() -> str:
     return f"{here['cpu'] or platform.processor() or 'unknown CPU'}, {here['cores']} cores, {here['system']}"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do: all cells, outcomes of those of which nothing changed, and the names of the others."""
+
+    wanted: Sequence[Wanted]
+    kept: Mapping[str, dict[str, Any]]
+    todo: tuple[str, ...]
+
+
+def plan(wanted: Sequence[Wanted], asked: Asked) -> Plan:
+    """Looks at what goes into each cell; exports nothing.
+
+    Raises:
+        UsageError: the work folder cannot be written.
+    """
+    _make_work(asked.work)
+    kept = {} if asked.again else {one.id: found for one in wanted if (found := _kept(asked, one)) is not None}
+    return Plan(wanted, kept, tuple(one.id for one in wanted if one.id not in kept))
+
+
 def run(
-    wanted: Sequence[Wanted], asked: Asked, executor: Executor, watch: Watcher, say: Callable[[str], None]
+    planned: Plan, asked: Asked, executor: Executor, watch: Watcher, say: Callable[[str], None]
 ) -> tuple[Run, locks.Lock | None]:
     """Export what changed, and judge all.
 
@@ -67,12 +85,12 @@ def run(
         What came of it, and with ``asked.update`` the lock file's new content.
 
     Raises:
-        UsageError: the lock file or the work folder cannot be read or written. KeyboardInterrupt: Ctrl-C; the results
-            of finished cells are kept.
+        UsageError: the lock file cannot be read. KeyboardInterrupt: Ctrl-C; the results of finished cells are kept.
     """
     begun, here = time.perf_counter(), machine()
     lock = locks.read(asked.lock)
-    outcomes, fresh = _outcomes(wanted, asked, executor, watch)
+    wanted, fresh = planned.wanted, set(planned.todo)
+    outcomes = _outcomes(planned, asked, executor, watch)
     gates = Gates(asked.work, asked.baseline, here, say, asked.again)
     cells, entries = [], {}
     for one in wanted:
@@ -110,27 +128,17 @@ def run(
     return done, _accepted(lock, entries, done, gates, wanted) if asked.update else None
 
 
-def _outcomes(
-    wanted: Sequence[Wanted], asked: Asked, executor: Executor, watch: Watcher
-) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """Outcomes by cell, and which of them were made now."""
-    _make_work(asked.work)
-    found, tasks = {}, {}
-    for one in wanted:
-        outcome = None if asked.again else _kept(asked, one)
-        if outcome is not None:
-            found[one.id] = outcome
-            continue
-        folder = asked.work / "bundles" / one.folder
-        argument = {"cell": one.cell.to_dict(), "output": str(folder)}
-        tasks[one.id] = Task(sha256_data({"call": CALL, **argument}), CALL, argument, one.id)
-    by_key = {task.key: one for one in wanted if (task := tasks.get(one.id))}
+def _outcomes(planned: Plan, asked: Asked, executor: Executor, watch: Watcher) -> dict[str, dict[str, Any]]:
+    """Of all cells, by name."""
+    tasks, by_key = {}, {}
+    for one in planned.wanted:
+        if one.id in planned.todo:
+            argument = {"cell": one.cell.to_dict(), "output": str(asked.work / "bundles" / one.folder)}
+            tasks[one.id] = Task(sha256_data({"call": CALL, **argument}), CALL, argument, one.id)
+            by_key[tasks[one.id].key] = one
     done = executor.run(list(tasks.values()), _Keeping(watch, lambda key, o: _keep(asked, by_key[key], o)))
-    for one in wanted:
-        if task := tasks.get(one.id):
-            result = done[task.key]
-            found[one.id] = result.result or no_outcome(one.cell, result.error)
-    return found, set(tasks)
+    made = {name: (done[task.key], by_key[task.key].cell) for name, task in tasks.items()}
+    return {**planned.kept, **{name: d.result or no_outcome(cell, d.error) for name, (d, cell) in made.items()}}
 
 
 class _Keeping:
@@ -165,9 +173,8 @@ def _code() -> str:
 
 def _keep(asked: Asked, one: Wanted, outcome: Mapping[str, Any]) -> None:
     """A result that the next run need not make again."""
-    if outcome["held"] or outcome["error"]["kind"] not in _PASSING:
-        data = {"code": _code(), "cell": one.cell.to_dict(), "outcome": outcome}
-        write_whole(_file(asked, one), json.dumps(data, allow_nan=False).encode())
+    data = {"code": _code(), "cell": one.cell.to_dict(), "outcome": outcome}
+    write_whole(_file(asked, one), json.dumps(data, allow_nan=False).encode())
 
 
 def _kept(asked: Asked, one: Wanted) -> dict[str, Any] | None:
@@ -176,17 +183,9 @@ def _kept(asked: Asked, one: Wanted) -> dict[str, Any] | None:
         data = json.loads(_file(asked, one).read_text(encoding="utf-8"))
         outcome: dict[str, Any] = data["outcome"]
         same = data["code"] == _code() and data["cell"] == one.cell.to_dict()
-        if not same or not outcome["key"] or outcome["key"] != planned_key(one.cell):
-            return None
-        if outcome["held"]:
-            bundle = Bundle.open(outcome["bundle"])
-            sizes = {name: (bundle.path / name).stat().st_size for name in bundle.manifest.files}
-            whole = all(info.size == sizes[name] for name, info in bundle.manifest.files.items())
-            if not whole or bundle.manifest.digest != outcome["digest"]:
-                return None
-    except (OSError, ValueError, KeyError, TypeError, EdgeAttnError):
+        return outcome if same and stands(outcome, planned_key(one.cell)) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return outcome
 
 
 def _measure_memory(outcome: dict[str, Any], say: Callable[[str], None]) -> None:

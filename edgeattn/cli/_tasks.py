@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from edgeattn.cli._show import console
 
@@ -14,50 +16,65 @@ if TYPE_CHECKING:
 
 
 class Tasks:
-    """A ``Watcher``: a line for each running task, and one that stays for each that is done."""
+    """A ``Watcher``: how many cells are done, a line for each that runs, and one that stays for each that is done.
 
-    def __init__(self) -> None:
+    Attributes:
+        total, done: cells, those that were kept from before among them.
+    """
+
+    def __init__(self, total: int, kept: int = 0) -> None:
+        self.total, self.done = total, kept
         self._console = console(err=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+        words, time = TextColumn("{task.description}"), TimeElapsedColumn()
+        self._bar = Progress(words, BarColumn(24), MofNCompleteColumn(), time)
+        self._all = self._bar.add_task("[bold]exports[/bold]", total=total, completed=kept)
+        self._running = Progress(SpinnerColumn(), words, time)
+        self._live: Live | None = None
         self._lines: dict[str, TaskID] = {}
 
     def __enter__(self) -> Tasks:
-        if self._bar:
-            self._bar.start()
+        if self.done:
+            self._console.print(f"{self.total} cells, {self.done} of them done before")
+        if self._console.is_terminal:
+            self._live = Live(Group(self._bar, self._running), console=self._console, transient=True)
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def say(self, text: str) -> None:
-        """Show what goes on beside the tasks; an empty text takes it off."""
-        if not self._bar:
-            return
-        if "" in self._lines:
-            self._bar.remove_task(self._lines.pop(""))
-        if text:
-            self._lines[""] = self._bar.add_task(escape(text), total=None)
+        """Show what goes on when no task runs."""
+        self._take_off("")
+        self._lines[""] = self._running.add_task(escape(text), total=None)
 
     def started(self, task: Task, attempt: int) -> None:
         """See ``Watcher``."""
-        if self._bar:
-            again = f" (attempt {attempt})" if attempt > 1 else ""
-            self._lines[task.key] = self._bar.add_task(f"[bold]{escape(task.label)}[/bold]{again}", total=None)
-        elif attempt > 1:
-            self._console.print(f"  {escape(task.label)}: its process died; once more", soft_wrap=True)
+        self._take_off(task.key)
+        if attempt > 1:
+            self._console.print(f"  its process died, started again: {escape(task.label)}", style="yellow")
+        self._lines[task.key] = self._running.add_task(escape(task.label), total=None)
 
     def said(self, task: Task, text: str) -> None:
         """See ``Watcher``."""
-        if self._bar and task.key in self._lines:
-            words = f"[bold]{escape(task.label)}[/bold] {escape(text)}"
-            self._bar.update(self._lines[task.key], description=words)
+        words = f"{escape(task.label)} [dim]{escape(text[:60])}[/dim]"
+        self._running.update(self._lines[task.key], description=words)
 
     def finished(self, task: Task, done: Done) -> None:
-        """See ``Watcher``."""
-        if self._bar and task.key in self._lines:
-            self._bar.remove_task(self._lines.pop(task.key))
-        held = done.result is not None and done.result.get("held")
-        words = "[green]held[/green]" if held else "[red]did not hold[/red]"
-        self._console.print(f"  {escape(task.label):<44} {words}  {done.seconds:6.1f} s", soft_wrap=True)
+        """See ``Watcher``; the task is a cell, see ``pipeline.cells.run_cell``."""
+        self._take_off(task.key)
+        self.done += 1
+        self._bar.update(self._all, completed=self.done)
+        outcome = done.result or {"held": False, "stage": "", "error": done.error}
+        state = "[green]held  [/green]" if outcome["held"] else "[bold red]failed[/bold red]"
+        error = outcome["error"] or {}
+        where = "" if outcome["held"] else f"  {outcome['stage']}: {error.get('what', '')}"
+        count = f"{self.done}/{self.total}"
+        self._console.print(
+            f"  {count:>9}  {state} {done.seconds:6.1f} s  {escape(task.label + where)}", soft_wrap=True
+        )
+
+    def _take_off(self, key: str) -> None:
+        if key in self._lines:
+            self._running.remove_task(self._lines.pop(key))

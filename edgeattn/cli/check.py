@@ -108,7 +108,7 @@ def _run(
 
     from edgeattn.check import lock as locks
     from edgeattn.check.file import read
-    from edgeattn.check.run import WORK, Asked, run
+    from edgeattn.check.run import WORK, Asked, plan, run
     from edgeattn.check.work import Shown
     from edgeattn.cli._tasks import Tasks
     from edgeattn.core.errors import UsageError
@@ -129,8 +129,9 @@ def _run(
     wanted = read(path if not folder.is_dir() else folder / path.name, name)
     check_writable(reports)
     asked = Asked(work, folder / f"{path.stem}.lock", locked, update, base, again, shown.name)
-    with Tasks() as watch:
-        done, lock = run(wanted, asked, Processes(workers), watch, watch.say)
+    planned = plan(wanted, asked)
+    with Tasks(len(wanted), len(planned.kept)) as watch:
+        done, lock = run(planned, asked, Processes(workers), watch, watch.say)
     if lock is not None:
         locks.write(asked.lock, lock)
     write_all(done, reports, os.environ.get("GITHUB_STEP_SUMMARY"))

@@ -72,6 +72,9 @@ class Cache:
     def get(self, key: str) -> Record | None:
         """The record of ``key`` with all its bytes as they were written; a damaged one is removed and is None."""
         folder = self._folder(key)
+        if not folder.is_dir():
+            # Nothing to be removed, above all not what another process may be putting there right now.
+            return None
         try:
             data = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
             record = Record(**{**data, "folder": folder})

@@ -22,6 +22,8 @@ from edgeattn.pipeline.plan import known_key
 
 #: How a cell is run, as an executor's task names it.
 CALL = "edgeattn.pipeline.cells:run_cell"
+#: Errors that another time may not come, whatever goes into a cell.
+_PASSING = ("Crashed", "ToolchainMissing", "DeviceUnreachable")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,27 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
             outcome["key"] = known_key(job, Cache.default()) or ""
             outcome["lint"] = _findings(job)
     return outcome
+
+
+def stands(outcome: Mapping[str, Any], planned: str | None) -> bool:
+    """Whether an outcome is what its cell would come to again, so that it need not be run.
+
+    Args:
+        planned: see ``planned_key``.
+    """
+    if planned is None or outcome["key"] != planned:
+        return False
+    return _whole(outcome) if outcome["held"] else outcome["error"]["kind"] not in _PASSING
+
+
+def _whole(outcome: Mapping[str, Any]) -> bool:
+    """Whether the bundle is there, with every byte as it was written."""
+    try:
+        bundle = Bundle.open(outcome["bundle"])
+        bundle.check_files()
+    except EdgeAttnError:
+        return False
+    return (bundle.manifest.key, bundle.manifest.digest) == (outcome["key"], outcome["digest"])
 
 
 def no_outcome(cell: Cell, error: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from typing import Protocol
 
 from edgeattn.pipeline.cache import Cache, Record
 from edgeattn.pipeline.job import Job
+from edgeattn.pipeline.locks import locked
 from edgeattn.pipeline.plan import Planned, make_plan, sources_key
 from edgeattn.pipeline.supervisor import Supervisor
+
+_WAITING = "waiting for another process that builds the same"
 
 
 class Progress(Protocol):
@@ -60,6 +63,9 @@ class Finished:
 def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -> Finished:
     """Bring every stage up to ``upto`` to its result.
 
+    No two processes that share the cache run a stage of one key at the same time: the second waits, and takes what the
+    first has made.
+
     Raises:
         EdgeAttnError: what a stage raised; the results of the stages before stay cached.
     """
@@ -76,18 +82,27 @@ def run_plan(job: Job, cache: Cache, progress: Progress, upto: str = "verify") -
             record = plan[index].record
             if record is None:
                 progress.start(name)
-                scratch = cache.scratch()
-                try:
-                    results = {n: {"folder": str(r.folder), "facts": r.facts} for n, r in records.items()}
-                    facts, seconds, peak = supervisor.run(name, job, scratch, results, progress.say)
+                # The build's own key changes when its files become known, while another process may wait for it.
+                lock = sources_key(job) if name == "build" else plan[index].key
+                with locked(cache.root / "locks" / lock, lambda: progress.say(_WAITING)):
                     if name == "build":
-                        # Only now is it known which files the model is made from: the keys follow from them.
-                        cache.put_sources(sources_key(job), facts.pop("sources"))
                         plan = make_plan(job, cache)
-                    record = cache.put(scratch, name, plan[index].key, facts, seconds, peak)
-                finally:
-                    cache.discard(scratch)
-                fresh.append(name)
+                        record = plan[index].record
+                    else:
+                        record = cache.get(plan[index].key)
+                    if record is None:
+                        scratch = cache.scratch()
+                        try:
+                            results = {n: {"folder": str(r.folder), "facts": r.facts} for n, r in records.items()}
+                            facts, seconds, peak = supervisor.run(name, job, scratch, results, progress.say)
+                            if name == "build":
+                                # Only now is it known which files the model is made from: the keys follow from them.
+                                cache.put_sources(sources_key(job), facts.pop("sources"))
+                                plan = make_plan(job, cache)
+                            record = cache.put(scratch, name, plan[index].key, facts, seconds, peak)
+                        finally:
+                            cache.discard(scratch)
+                        fresh.append(name)
             records[name] = record
             progress.done(name, record.seconds, record.peak_mb, name not in fresh)
             if name == upto:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgeattn.core import errors
-from edgeattn.core.errors import ConversionFailed, EdgeAttnError
+from edgeattn.core.errors import ConversionFailed, Crashed, EdgeAttnError
 from edgeattn.core.files import remove
+from edgeattn.pipeline import child
 from edgeattn.pipeline.job import Job
 
 _KEPT_LOGS = 20
-
-_START = """
-import sys
-sys.path[:] = [entry for entry in sys.path if entry]
-sys.path.append({root!r})
-from edgeattn.pipeline.worker import main
-main({descriptor})
-"""
 
 
 class Supervisor:
@@ -59,21 +50,8 @@ class Supervisor:
         for old in sorted(self._logs.glob("*.log"))[: -_KEPT_LOGS + 1]:
             old.unlink(missing_ok=True)
         self._log = self._logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        root = str(Path(__file__).resolve().parents[2])
-        read, write = os.pipe()
-        try:
-            with self._log.open("w", encoding="utf-8") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _START.format(root=root, descriptor=write)],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(write,),
-                    env={**os.environ, "TMPDIR": str(self._temporary)},
-                    text=True,
-                )
-        finally:
-            os.close(write)
+        with self._log.open("w", encoding="utf-8") as log:
+            self._process, read = child.start("edgeattn.pipeline.worker", log, {"TMPDIR": str(self._temporary)})
         self._answers = os.fdopen(read, encoding="utf-8")
 
     def stop(self) -> None:
@@ -94,8 +72,8 @@ class Supervisor:
         """Run one stage; returns its facts, seconds and peak memory in MB.
 
         Raises:
-            EdgeAttnError: what the stage raised. ConversionFailed: the worker crashed, was killed, or failed in a
-                way that nobody foresaw; names the log.
+            EdgeAttnError: what the stage raised. Crashed: the worker crashed or was killed. ConversionFailed: it failed
+                in a way that nobody foresaw. Both name the log.
         """
         self.start()
         assert self._process is not None
@@ -131,12 +109,5 @@ class Supervisor:
         code = self._process.wait()
         log = self._log
         self.stop()
-        if code < 0:
-            name = signal.Signals(-code).name
-            why = f"its process was ended by {name}"
-            if name == "SIGKILL":
-                why += "; the system does that when memory runs out"
-        else:
-            why = f"its process ended with code {code}"
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        return ConversionFailed(f"stage {stage} crashed", why=why, where=str(log), details=tail)
+        return Crashed(f"stage {stage} crashed", why=child.ending(code), where=str(log), details=tail)

@@ -10,19 +10,17 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import os
-import queue
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 from edgeattn.core.errors import EdgeAttnError
+from edgeattn.pipeline import child
 from edgeattn.pipeline.context import Context, Result
 from edgeattn.pipeline.job import Job
 
@@ -53,48 +51,27 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _requests() -> queue.Queue[dict[str, Any]]:
-    """Requests as they come; when the parent is gone its end of the pipe closes, and this process ends at once.
-
-    Whatever else runs here finds an empty standard input: a model that asks a question must not take a request for
-    the answer.
-    """
-    waiting: queue.Queue[dict[str, Any]] = queue.Queue()
-    pipe = os.fdopen(os.dup(0), encoding="utf-8")
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
-    os.close(empty)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (for the life of the process)
-
-    def read() -> None:
-        for line in pipe:
-            waiting.put(json.loads(line))
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    return waiting
-
-
 def _error(error: BaseException) -> dict[str, Any]:
     """An error as plain data: our own with all its parts, others with their type."""
     log = traceback.format_exc()
     print(log, file=sys.stderr, flush=True)
     if isinstance(error, EdgeAttnError):
-        parts = {k: getattr(error, k) for k in ("what", "value", "where", "why", "fix", "details")}
-        parts["value"] = None if parts["value"] is None else str(parts["value"])
-        return {"event": "error", "kind": type(error).__name__, "parts": parts, "traceback": log}
+        return {"event": "error", "kind": type(error).__name__, "parts": child.parts(error), "traceback": log}
     return {"event": "error", "kind": None, "why": f"{type(error).__name__}: {error}"[:2000], "traceback": log}
 
 
 def _import_torch() -> None:
     """While the parent still plans. Half of the cores: more threads than free cores slow small operations tenfold.
 
+    Torch itself follows OMP_NUM_THREADS, which the user or an executor with several of these processes sets.
+
     The garbage collector is made lazier: torch and its exporters keep millions of objects that it would walk again and
     again, a fifth of their time.
     """
     gc.set_threshold(100_000, 50, 100)
     torch = importlib.import_module("torch")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def main(answers: int) -> None:
@@ -104,15 +81,9 @@ def main(answers: int) -> None:
         answers: file descriptor that answers are written to, one JSON object a line.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
-    waiting = _requests()
-    out = os.fdopen(answers, "w", encoding="utf-8")
-    lock = threading.Lock()
-
-    def answer(data: dict[str, Any]) -> None:
-        with lock:
-            out.write(json.dumps(data) + "\n")
-            out.flush()
-
+    child.end_with_parent()
+    waiting = child.requests()
+    answer = child.answering(answers)
     _import_torch()
     values: dict[str, Any] = {}
     while True:

@@ -13,7 +13,7 @@ import pytest
 from edgeattn.bundle import Bundle
 from edgeattn.check import lock as locks
 from edgeattn.check.file import Wanted
-from edgeattn.check.run import Asked, run
+from edgeattn.check.run import Asked, plan, run
 from edgeattn.pipeline.executor import Done, Task, Watcher
 from edgeattn.report.checks.data import Run
 from tests.check.making import failed, outcome, wanted
@@ -51,18 +51,18 @@ class Exports:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Bundle) -> Path:
     """A folder in which a cell's key is what a file says."""
     keys = tmp_path / "keys"
-    keys.write_text("1")
+    keys.write_text(digits.manifest.key)
     monkeypatch.setattr("edgeattn.check.run.planned_key", lambda cell: keys.read_text())
     return tmp_path
 
 
 def check(place: Path, exports: Exports, budgets: str = "", **asked: Any) -> tuple[Run, locks.Lock | None]:
     """Run the file of two models."""
-    cells = wanted(place, TEXT.format(budgets))
-    return run(cells, Asked(place / ".edgeattn", place / "edgeattn.lock", **asked), exports, Quiet(), lambda text: None)
+    how = Asked(place / ".edgeattn", place / "edgeattn.lock", **asked)
+    return run(plan(wanted(place, TEXT.format(budgets)), how), how, exports, Quiet(), lambda text: None)
 
 
 def held(place: Path, digits: Bundle, **facts: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -72,8 +72,8 @@ def held(place: Path, digits: Bundle, **facts: Any) -> Callable[[Mapping[str, An
         (of,) = [w for w in wanted(place, TEXT.format("")) if w.cell.to_dict()["args"] == argument["cell"]["args"]]
         copy = Path(argument["output"]) / digits.path.name
         shutil.copytree(digits.path, copy, dirs_exist_ok=True)
-        made = outcome(of, **facts) | {"cell": dict(argument["cell"]), "bundle": str(copy), "key": "1"}
-        return made | {"digest": digits.manifest.digest}
+        made = outcome(of, **facts) | {"cell": dict(argument["cell"]), "bundle": str(copy)}
+        return made | {"digest": digits.manifest.digest, "key": digits.manifest.key}
 
     return make
 
@@ -89,7 +89,7 @@ def test_nothing_that_is_unchanged_is_made_again(place: Path, digits: Bundle) ->
     (place / "keys").write_text("2")
     check(place, exports)
     assert len(exports.ran) == 4
-    (place / "keys").write_text("1")
+    (place / "keys").write_text(digits.manifest.key)
     check(place, exports)
     Path(again.cells[1].bundle, "model.onnx").unlink()
     check(place, exports)
@@ -101,10 +101,11 @@ def test_nothing_that_is_unchanged_is_made_again(place: Path, digits: Bundle) ->
 
 def test_a_failure_is_kept_and_what_passes_by_itself_is_not(place: Path) -> None:
     (a, _) = wanted(place, TEXT.format(""))
-    kinds = {"CheckFailed": 2, "ConversionFailed": 2, "ToolchainMissing": 4, "UsageError": 4}
+    kinds = {"CheckFailed": 2, "ConversionFailed": 2, "ToolchainMissing": 4, "UsageError": 2}
     for kind, count in kinds.items():
         shutil.rmtree(place / ".edgeattn", ignore_errors=True)
-        exports = Exports(lambda argument: failed(a, "lower", kind) | {"cell": dict(argument["cell"]), "key": "1"})  # noqa: B023
+        key = (place / "keys").read_text()
+        exports = Exports(lambda argument: failed(a, "lower", kind) | {"cell": dict(argument["cell"]), "key": key})  # noqa: B023
         for _ in range(2):
             assert not check(place, exports)[0].held
         assert len(exports.ran) == count, kind

@@ -79,7 +79,7 @@ def _steps(job: Job) -> dict[str, Any]:
 
 def _lint_config(job: Job) -> dict[str, Any]:
     """Of the device what findings depend on, so that one artifact serves all that are alike in it."""
-    place = devices.resolve(job.device) if job.device else None
+    place, target = devices.resolve(job.device) if job.device else None, targets.get(job.target)
     fixed = {} if job.dynamic else job.ranges
     return {
         "target": job.target,
@@ -88,7 +88,7 @@ def _lint_config(job: Job) -> dict[str, Any]:
         "optics": [place.optics.rows, place.optics.cols] if place and place.optics else None,
         "fixed": fixed,
         # The converters are asked what they know, and rules hold for versions of them.
-        "tools": tools.versions(targets.get(job.target).lower_tools("fp32")),
+        "tools": tools.versions(target.lower_tools(target.precisions(None)[0])),
         # A user's rules; loaded here, so that a mistake in one is said before anything runs.
         "rules": [[book.path.name, sha256_file(book.path)] for book in user_books()],
     }
@@ -146,10 +146,10 @@ def _quant_code(job: Job) -> tuple[str, ...]:
 
 
 def _lint_code(job: Job) -> tuple[str, ...]:
-    """Of a target's folder only the rules."""
-    rules = [f"targets/{job.target}/{name}" for name in ("lint.py", "lint.toml")]
+    """Of a target's folder only the rules, and the mends that make some of them void."""
+    rules = [f"targets/{job.target}/{name}" for name in ("lint.py", "lint.toml", "mends")]
     rules += ["targets/onnx_graph/lint.py"] if job.target in ("onnx", "tensorrt") else []
-    return ("targets/base.py", *(rule for rule in rules if (PACKAGE / rule).is_file()))
+    return ("targets/base.py", *(rule for rule in rules if (PACKAGE / rule).exists()))
 
 
 #: Where the code of the targets is that are in this package.

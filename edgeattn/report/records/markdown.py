@@ -27,7 +27,7 @@ def escape(value: object) -> str:
 def markdown(records: list[Record]) -> str:
     """Summary, what must be known, what is proven and what is not, and the operations that take most."""
     called = names(records)
-    parts = [f"## {count(len(records), 'record')}", "", _table(summary(records, called)), ""]
+    parts = [f"## {count(len(records), 'record')}", "", as_markdown(summary(records, called)), ""]
     if caution := caveat_table(records, called):
         parts += ["### To know", ""]
         for number_of, called_so, what, full in caution.rows:
@@ -35,7 +35,7 @@ def markdown(records: list[Record]) -> str:
             parts.append(f"- \\#{number_of.text} {escape(called_so.text)}: {words}")
         parts.append("")
     if proof := proof_table(records, called):
-        parts += ["### Proven, and not", "", _table(proof), ""]
+        parts += ["### Proven, and not", "", as_markdown(proof), ""]
     left = 0
     for index, (record, name) in enumerate(zip(records, called, strict=True), 1):
         if ops := _operations(record):
@@ -59,16 +59,16 @@ def _note(short: str, full: str) -> str:
     return escape(full) if short in full or short.endswith("…") else f"{escape(short)}: {escape(full)}"
 
 
-def _table(table: Table) -> str:
+def as_markdown(table: Table) -> str:
+    """A table with a heading; what is below a cell's text stands behind it."""
     heads = [f"{column.name}, {column.unit}" if column.unit else column.name for column in table.columns]
     lines = [_line(map(escape, heads)), _line("--:" if column.figure else "---" for column in table.columns)]
     for row in table.rows:
         cells = []
         for cell in row:
-            words = escape(cell.text)
-            words += f" ({escape(cell.small)})" if cell.small else ""
-            words += "".join(f" **{escape(badge.text)}**" for badge in cell.badges)
-            cells.append(words.strip())
+            small = f" ({escape(cell.small)})" if cell.small else ""
+            badges = "".join(f" **{escape(badge.text)}**" for badge in cell.badges)
+            cells.append((f"{escape(cell.text)}{small}{badges}" if cell.text else f"{badges}{small}").strip())
         lines.append(_line(cells))
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from edgeattn.core.errors import ToolchainMissing
 from edgeattn.report.records.tables import Table
 
 #: In the order in which the browser runs them.
-_SCRIPTS = ("charts.js", "details.js", "page.js")
+_SCRIPTS = ("charts.js", "details.js", "sweep.js", "page.js")
 
 
 @dataclass(frozen=True)
