@@ -25,7 +25,7 @@ FLOORS = [
     ("profile",),
     ("pipeline",),
     ("report", "doctor"),
-    ("check", "sweep"),
+    ("check", "conformance", "sweep"),
     ("cli",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,7 @@
 """What a target is: six small promises that the pipeline, ``verify`` and ``doctor`` rely on.
 
 A target's own module must import without its toolchain and without torch; it reaches for them inside its methods.
+``edgeattn targets test NAME`` looks at every promise (``edgeattn.conformance``); docs/plugins.md says how to write one.
 """
 
 from __future__ import annotations
@@ -323,6 +324,8 @@ class Target(ABC):
     leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether it can take inputs of several shapes; others are made for the recipe's own shape.
     dynamic: ClassVar[bool] = False
+    #: Patterns of files that a vendor's builder writes otherwise each time; all others have the same bytes.
+    varies: ClassVar[tuple[str, ...]] = ()
     #: Which of ``units`` is to take all operations.
     unit: ClassVar[str] = "cpu"
     #: Entries of a decoder: one graph for any number of rows, an entry for each length of the cache, or for the whole
@@ -386,7 +389,9 @@ class Target(ABC):
 
     @abstractmethod
     def lower(self, program: Program, plan: LowerPlan, out: Path) -> Artifact:
-        """Write the artifact's files into the empty folder ``out``.
+        """Write the artifact's files into the empty folder ``out``, and nothing elsewhere; the program stays as it is.
+
+        The same program and plan give the same bytes.
 
         Raises:
             ConversionFailed: the converter cannot take the program; names modules. ToolchainMissing.

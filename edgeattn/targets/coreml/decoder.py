@@ -25,10 +25,11 @@ from edgeattn.targets.base import Artifact, ArtifactEntry, LowerPlan
 from edgeattn.targets.coreml import STATES_FROM
 from edgeattn.targets.coreml.describe import describe
 from edgeattn.targets.coreml.facts import facts_of
-from edgeattn.targets.coreml.lower import DEBUG, convert, prepare
+from edgeattn.targets.coreml.lower import convert, prepare
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.modules import modules_of, note_modules
 from edgeattn.targets.coreml.quantize import quantize
+from edgeattn.targets.coreml.save import save
 
 with quiet():
     import coremltools as ct
@@ -162,8 +163,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
     with quiet():
         model = _joined(functions)
         describe(model, plan, modules)
-        model.save(str(out / FILE))
-    (out / FILE / DEBUG).unlink(missing_ok=True)
+    save(model, out / FILE)
     package = open_package(out / FILE)
     facts = {
         "options": dict(plan.options),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,10 @@ from edgeattn.targets.coreml.mends import mend
 from edgeattn.targets.coreml.mil.package import open_package
 from edgeattn.targets.coreml.modules import holder_of, modules_of, note_modules, owner_of, path_of
 from edgeattn.targets.coreml.quantize import quantize
+from edgeattn.targets.coreml.save import save
 
-#: A listing for a debugger of another project, which coremltools leaves in the package.
-DEBUG = "executorch_debug_handle_mapping.json"
+#: What an input or output can be called in an ML program.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ def prepare(
 
     Args:
         without: mends to leave out. halves: see ``Prepared``.
+
+    Raises:
+        ConversionFailed: an input or output has a name that Core ML has no form for.
     """
+    _check_names(entry)
     graph = entry.graph.run_decompositions({})
     changed = Counter(mend(graph.graph_module, plan.precision, without))
     if split := _splits(graph):
@@ -92,6 +98,19 @@ def prepare(
         parameters = graph.graph_signature.inputs_to_parameters
         node.meta["stack_trace"] = path_of(owner_of(node, given)) or holder_of(node, parameters)
     return Prepared(graph, inputs, outputs, pixels, dict(changed), halves)
+
+
+def _check_names(entry: Entry) -> None:
+    """The converter would give other names in silence, and nobody could feed the package by the recipe's."""
+    unfit = [name for name in (*entry.inputs, *entry.outputs) if not _NAME.fullmatch(name)]
+    if unfit:
+        raise ConversionFailed(
+            "Core ML cannot call an input or output so",
+            value=", ".join(unfit),
+            where="module (model)",
+            why="names in an ML program are letters, digits and underscores",
+            fix="give others in the recipe ([inputs], outputs) or with --input",
+        )
 
 
 def _unknown(graph: torch.export.ExportedProgram) -> list[fx.Node]:
@@ -249,9 +268,7 @@ def lower(program: Program, plan: LowerPlan, out: Path) -> Artifact:
         describe(model, plan, {"": note_modules(modules)})
         if plan.options["classifier"] == "yes":
             _name_probabilities(model, *prepared.outputs)
-        with quiet():
-            model.save(str(out / file))
-        (out / file / DEBUG).unlink(missing_ok=True)
+        save(model, out / file)
         facts[name] = facts_of(open_package(out / file)) | {"mends": prepared.mends} | note
     about = {"options": dict(plan.options), "labels": list(plan.labels), "entries": facts}
     return Artifact(out, plan.precision, entries, about)

@@ -79,4 +79,9 @@ def _part(
     graph = ir.convenience.extract(model.graph, outside, given)
     graph.name = "main"
     graph.metadata_props.clear()
+    # They come out of a set, in another order each time.
+    held = sorted(graph.initializers.values(), key=lambda value: str(value.name))
+    graph.initializers.clear()
+    for value in held:
+        graph.initializers.add(value)
     return ir.Model(graph, ir_version=model.ir_version)

@@ -19,6 +19,7 @@ from edgeattn.targets.base import Artifact, Availability, LowerPlan, OpCost, Run
 if TYPE_CHECKING:
     from edgeattn.capture import Program
     from edgeattn.device import Device
+    from edgeattn.lint import Finding
 
 RTX, FULL = "rtx", "full"
 #: The distribution of each flavour; its module has the same name with an underscore.
@@ -38,6 +39,8 @@ class TensorRTTarget(Target):
 
     name: ClassVar[str] = "tensorrt"
     runtime_tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
+    # Measured with tensorrt-rtx 1.7.1: of one ONNX file the builder makes engines of different bytes.
+    varies: ClassVar[tuple[str, ...]] = ("*.engine",)
     device_runtimes: ClassVar[tuple[str, ...]] = tuple(PACKAGES.values())
     dynamic: ClassVar[bool] = True
     keeps_wider: ClassVar[bool] = True
@@ -142,6 +145,12 @@ class TensorRTTarget(Target):
         from edgeattn.targets.tensorrt.gpu import EngineRuntime, at_hand
 
         return {"TensorRT": EngineRuntime(artifact)} if at_hand(artifact) else {}
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """See ``Target.lint``; operations without a form."""
+        from edgeattn.targets.tensorrt.lint import lint
+
+        return lint(program)
 
     def package(self) -> str:
         """The runner needs TensorRT: by default the one for RTX."""
