@@ -101,9 +101,11 @@ def _place(wanted: Wanted, error: Mapping[str, Any], name: str, inside: Inside) 
 
 def findings_of(wanted: Wanted, outcome: Mapping[str, Any], inside: Inside) -> list[Finding]:
     """A cell's lint findings and their lines: of the model's source where they have one there, else of the model."""
+    # Files are relative to the recipe's folder, or to the current one.
+    folder = Path(wanted.cell.model).parent if wanted.cell.model.endswith(".toml") else Path()
     found = []
     for data in outcome["lint"]:
-        file = inside(data["file"]) if data.get("file") else None
+        file = inside(str(folder / data["file"])) if data.get("file") else None
         place = Place(file, data["line"]) if file else wanted.place()
         found.append(Finding(data, place, _fails(wanted, data)))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,109 @@ def test_a_target_that_stands_for_two_is_looked_at_for_both(edgeattn_cli: Cli, n
     assert done.returncode == 0, done.stderr
     assert "onnx: nothing found" in done.stdout
     assert "tflite: 3 warnings" in done.stdout
+
+
+MASKED = """
+import torch
+from torch import nn
+
+class Scores(nn.Module):
+    def forward(self, x):
+        scores = x @ x.transpose(-2, -1)
+        return scores.masked_fill(scores > 0, -1e9).softmax(-1)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Scores()])
+
+    def forward(self, x):
+        return torch.median(self.blocks[0](x), -1).values
+"""
+MINE = """
+[rules.mine]
+severity = "note"
+what = "a softmax"
+evidence = "measured: by us"
+mend = "none"
+pattern = { op = "softmax" }
+"""
+
+
+def test_mends_rules_of_ones_own_and_sarif(edgeattn_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "net.py").write_text(MASKED)
+    (tmp_path / "mine.toml").write_text(MINE)
+    words = ("sub/net.py:Net", "-i", "x=1x4x8", "--fix", "--rules", "mine.toml", "--sarif", "lint.sarif", "--json")
+    done = edgeattn_cli("lint", *words, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "median: x.topk" in done.stderr
+    shown = json.loads(done.stdout)
+    found = {f["rule"]: (f["severity"], f["module"], f["file"], f["line"]) for f in shown["findings"]}
+    assert found == {
+        "unsupported-operator": ("error", "", "sub/net.py", 16),
+        "mask-kept-wide": ("note", "blocks.0", "sub/net.py", 8),
+        "mine": ("note", "blocks.0", "sub/net.py", 8),
+    }
+    (fix,) = shown["fixes"]
+    assert (fix["rule"], fix["places"], fix["holds"], fix["applied"]) == ("mask-kept-wide", 1, True, False)
+    (module,) = fix["modules"]
+    assert module["module"] == "blocks.0"
+    assert (list(module["before"]), list(module["after"])) == (
+        ["masked_fill(value=-1000000000.0)"],
+        ["masked_fill(value=-30000.0)"],
+    )
+    log = json.loads((tmp_path / "lint.sarif").read_text())
+    places = [result["locations"][0]["physicalLocation"] for result in log["runs"][0]["results"]]
+    assert {(p["artifactLocation"]["uri"], p["region"]["startLine"]) for p in places} == {
+        ("sub/net.py", 16),
+        ("sub/net.py", 8),
+    }
+
+
+def run(*words: str) -> Any:
+    """The command in this process."""
+    from click.testing import CliRunner
+
+    from edgeattn.cli.lint import command
+
+    return CliRunner().invoke(command, list(words))
+
+
+def test_all_rules_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(MINE)
+    every = json.loads(run("--list", "--json", "--rules", str(tmp_path / "mine.toml")).output)["rules"]
+    assert len(every) >= 45
+    assert all(row["severity"] in ("error", "warning", "note") and row["evidence"] and row["mend"] for row in every)
+    assert [row["from"] for row in every if row["rule"] == "mine"] == [str(tmp_path / "mine.toml")]
+    some = json.loads(run("--list", "--json", "--target", "rpi").output)["rules"]
+    assert {target for row in some for target in row["targets"]} >= {"onnx", "tflite"}
+    assert all({"onnx", "tflite"} & set(row["targets"]) for row in some)
+    shown = run("--list", "--target", "optical").output
+    assert "strided-light" in shown
+    assert shown.splitlines()[-1] == f"{sum('optical' in row['targets'] for row in every)} rules"
+
+
+def test_a_list_takes_no_model_and_all_else_needs_one(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text(MINE.replace("op =", "opp ="))
+    for words, what in (
+        (("--list", "net.py:Net"), "a list of rules takes no model"),
+        ((), "no model was given"),
+        (("--list", "--target", "onx"), "unknown target"),
+        (("fmvit-digits", "--rules", str(tmp_path / "bad.toml")), "rules is not valid"),
+    ):
+        assert run(*words).exception.what == what
+
+
+def test_a_mend_that_changes_the_outputs_is_refused() -> None:
+    from edgeattn.cli.lint import _gate_fixes
+    from edgeattn.lint.fix import Fix
+
+    held = Fix("a-rule", "a_mend", 1, {"m": ({"a": 1}, {"b": 1})}, 1e-7, 0, 2, False)
+    _gate_fixes([held])
+    for broken in (replace(held, worst=0.5), replace(held, nonfinite=1), replace(held, samples=0)):
+        with pytest.raises(CheckFailed, match="mend a_mend changes the outputs"):
+            _gate_fixes([held, broken])
 
 
 def test_many_modules_are_counted_and_json_lists_them(edgeattn_cli: Cli, tmp_path: Path) -> None:

@@ -179,10 +179,10 @@ class CoreMLTarget(Target):
         return adopt(path)
 
     def lint(self, program: Program, device: Device | None) -> list[Finding]:
-        """See ``Target.lint``; the rules are in ``lint.toml``."""
-        from edgeattn.targets.coreml.lint import lint
+        """See ``Target.lint``; the rules are in ``lint.toml``, and operations without a form."""
+        from edgeattn.targets.coreml.lint import lint, unsupported
 
-        return lint(program, device)
+        return [*unsupported(program), *lint(program, device)]
 
     def package(self) -> str:
         """The runner needs coremltools, and macOS."""

@@ -14,6 +14,7 @@ from edgeattn.targets.base import Artifact, Availability, LowerPlan, OpCost, Run
 if TYPE_CHECKING:
     from edgeattn.capture import Program
     from edgeattn.device import Device
+    from edgeattn.lint import Finding
 
 
 #: Choices of ``weight_range``: int8 weights of all 8 bits, or of 7, which no CPU's kernels saturate with.
@@ -99,6 +100,12 @@ class OnnxTarget(Target):
         from edgeattn.targets.onnx_graph.files import adopt
 
         return adopt(path)
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """See ``Target.lint``; operations without a form."""
+        from edgeattn.targets.onnx.lint import lint
+
+        return lint(program)
 
     def package(self) -> str:
         """The runner needs ONNX Runtime alone."""

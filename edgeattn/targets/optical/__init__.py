@@ -14,6 +14,7 @@ from edgeattn.targets.base import Artifact, Availability, LowerPlan, Runtime, Ta
 if TYPE_CHECKING:
     from edgeattn.capture import Program
     from edgeattn.device import Device
+    from edgeattn.lint import Finding
 
 #: The device that an export is for where none is named: what the literature assumes.
 DEFAULT = "optical-4f-4k-2mhz"
@@ -59,6 +60,12 @@ class OpticalTarget(Target):
         from edgeattn.targets.optical.lower import lower
 
         return lower(program, plan, plan.device or devices.resolve(DEFAULT), out)
+
+    def lint(self, program: Program, device: Device | None) -> list[Finding]:
+        """See ``Target.lint``; the rules are in ``lint.toml``."""
+        from edgeattn.targets.optical.lint import lint
+
+        return lint(program, device or devices.resolve(DEFAULT))
 
     def open(self, artifact: Artifact) -> Runtime:
         """Ideal planes."""

@@ -93,10 +93,10 @@ class TFLiteTarget(Target):
         return adopt(path)
 
     def lint(self, program: Program, device: Device | None) -> list[Finding]:
-        """See ``Target.lint``; the rules are in ``lint.toml``."""
-        from edgeattn.targets.tflite.lint import lint
+        """See ``Target.lint``; the rules are in ``lint.toml``, and operations without a form."""
+        from edgeattn.targets.tflite.lint import lint, unsupported
 
-        return lint(program, device)
+        return [*unsupported(program), *lint(program, device)]
 
     def package(self) -> str:
         """The runner needs LiteRT, or where it has no wheel tflite-runtime."""

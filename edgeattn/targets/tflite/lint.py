@@ -8,22 +8,44 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeattn.lint import Finding, RuleBook, Severity
+from edgeattn.core import tools
+from edgeattn.core.quiet import quiet
+from edgeattn.lint import Finding, RuleBook, Severity, operators
+from edgeattn.lint.books import own
+from edgeattn.lint.engine import by_pattern
+from edgeattn.lint.graph import path_of
 from edgeattn.targets.tflite import TFLITE_RUNTIME
 
 if TYPE_CHECKING:
-    from edgeattn.capture import Program
+    from edgeattn.capture import Entry, Program
     from edgeattn.device import Device
 
 
 @cache
 def _book() -> RuleBook:
-    return RuleBook(Path(__file__).with_name("lint.toml"))
+    return own(Path(__file__).parent, "tflite")
 
 
-def _module(node: Any) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else ""
+def _unknown(entry: Entry) -> list[Any] | None:
+    """Nodes that litert-torch has no lowering for, after its decompositions and our own; None without it."""
+    if tools.version("litert-torch") is None:
+        return None
+    with quiet():
+        from litert_torch import fx_infra
+        from litert_torch.backend.lowerings import registry
+
+        try:
+            graph = fx_infra.safe_run_decompositions(entry.graph, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
+            graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp(), can_skip=False)
+        except Exception:  # whatever a decomposition raises: the conversion itself says it
+            return []
+    called = [node for node in graph.graph.nodes if node.op == "call_function" and not operators.is_check(node)]
+    return [node for node in called if registry.global_registry.lookup(node.target) is None]
+
+
+def unsupported(program: Program) -> list[Finding]:
+    """All operations that litert-torch has no lowering for."""
+    return operators.unsupported(program, "tflite", _unknown)
 
 
 def _pooling(node: Any) -> tuple[str, str]:
@@ -65,10 +87,10 @@ def lint(program: Program, device: Device | None) -> list[Finding]:
             rule, detail = _pooling(node)
             if rule:
                 severity: Severity | None = "error" if old and rule == "reduce-window" else None
-                found.append(_book().finding(rule, _module(node), detail, severity))
+                found.append(_book().finding(rule, path_of(node), detail, severity))
             elif "batch_norm" in str(node.target):
-                found.append(_book().finding("batch-norm-left", _module(node), str(node.name)))
-    return found
+                found.append(_book().finding("batch-norm-left", path_of(node), str(node.name)))
+    return [*found, *by_pattern(program, _book(), "tflite")]
 
 
 def lint_flatbuffer(
@@ -98,7 +120,7 @@ def lint_flatbuffer(
     outside: dict[str, Counter[str]] = defaultdict(Counter)
     for module, operator in falls_off(model, entry, data):
         outside[module][operator] += 1
-    for module, operators in outside.items():
-        detail = ", ".join(f"{count} {name}" for name, count in operators.most_common())
+    for module, counts in outside.items():
+        detail = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         found.append(_book().finding("off-xnnpack", module, detail))
     return found
