@@ -94,7 +94,7 @@ def test_code_of_no_stage_invalidates_nothing(job: Job, package: Path, file: str
     [
         ("safetensors", "build"),
         ("torch", "build"),
-        ("onnxscript", "lower"),
+        ("onnxscript", "lint"),
         ("onnxruntime", "verify"),
         ("edgeattn", "bundle"),
     ],
