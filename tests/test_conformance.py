@@ -262,8 +262,11 @@ def test_the_whole_kit_on_a_third_partys_target(installed: Path, edgeattn_cli: R
     assert list(verdicts) == [check.name for check in CHECKS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["null", "onnx", "optical", "gguf", "coreml", "tensorrt", "tflite", "rpi"])
+HAND = [pytest.param(name, marks=pytest.mark.hand) for name in ("onnx", "optical", "coreml", "tensorrt", "tflite")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("null", "gguf", "rpi")]
+
+
+@pytest.mark.parametrize("name", [*SLOW, *HAND])
 def test_our_own_targets_hold(name: str) -> None:
     report = conform(name)
     assert report.missing is None

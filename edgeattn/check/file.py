@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from edgeattn import device as devices
 from edgeattn import targets
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError
+from edgeattn.core.hashing import canonical_json
 from edgeattn.core.numerics import TOLERANCES
 from edgeattn.pipeline.cells import Cell
 from edgeattn.report.checks.data import Place
@@ -87,8 +90,8 @@ def _known(value: dict[str, float], known: tuple[str, ...], what: str) -> dict[s
     strangers = [name for name in value if name not in known]
     if strangers:
         raise ValueError(f"{', '.join(strangers)}: known {what} are {', '.join(known)}")
-    if any(not number >= 0 for number in value.values()):
-        raise ValueError("must not be negative")
+    if any(not 0 <= number < math.inf for number in value.values()):
+        raise ValueError("must be a number from 0 on")
     return value
 
 
@@ -115,6 +118,29 @@ class Model(schema.Strict):
     samples: int | None = None
     keep: tuple[str, ...] = ()
     budgets: Budgets = Field(default_factory=Budgets)
+
+    @field_validator("precisions")
+    @classmethod
+    def _precisions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _known(dict.fromkeys(value, 0.0), tuple(TOLERANCES), "precisions")
+        return value
+
+    @field_validator("targets", "precisions", "devices")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return value
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be text, finite numbers, true, false, lists and tables of them: {error}") from None
+        return value
 
 
 class File(schema.Strict):
@@ -186,7 +212,12 @@ def read(path: Path, shown: str) -> list[Wanted]:
             why="a folder is in its place" if path.is_dir() else "it does not exist",
             fix="edgeattn check --init writes one",
         )
-    data = schema.read_toml(path)
+    try:
+        data = schema.read_toml(path)
+    except UsageError as error:
+        line = re.search(r"at line (\d+)", error.why or "")
+        error.where = str(Place(shown, int(line[1]) if line else 0))
+        raise
     lines = schema.lines_of(path.read_text(encoding="utf-8"))
     try:
         file = schema.validate(File, data, shown)
@@ -217,6 +248,9 @@ def _merged(common: Budgets, own: Budgets) -> Budgets:
     given = {name: getattr(own, name) for name in own.model_fields_set}
     for name in ("numerics", "growth"):
         given[name] = {**getattr(common, name), **getattr(own, name)}
+    if common.latency and own.latency:
+        latency = {name: getattr(own.latency, name) for name in own.latency.model_fields_set}
+        given["latency"] = common.latency.model_copy(update=latency)
     return common.model_copy(update=given)
 
 

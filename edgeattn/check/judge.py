@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,8 @@ def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item, inside: Insid
     name = "lint" if by_lint else "export"
     if error["kind"] == "CheckFailed" and not by_lint:
         # Accuracy and numbers are looked at by the same stage, and end it with one error.
-        name = "accuracy" if "accuracy" in error["what"] else "numerics"
+        looked = stage in ("reference", "reparameterize", "verify")
+        name = "accuracy" if "accuracy" in error["what"] else "numerics" if looked else "export"
     if by_lint and lint.status == "failed":
         failed = lint
     else:
@@ -85,7 +87,10 @@ def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item, inside: Insid
 
 
 def _place(wanted: Wanted, error: Mapping[str, Any], name: str, inside: Inside) -> Place:
-    """Of an error in a recipe its line there; of numbers the budget's; else the model's line."""
+    """Of an error in a recipe or in the model's source its line there; of numbers the budget's; else the model's."""
+    source = re.fullmatch(r"(.+\.py):(\d+)", error["where"] or "")
+    if source and (shown := inside(source[1])):
+        return Place(shown, int(source[2]))
     file = (error["where"] or "").partition(", ")[0]
     shown = inside(file) if file.endswith(".toml") and Path(file).is_file() else None
     if error["exit_code"] == 2 and shown is not None:
@@ -101,11 +106,10 @@ def _place(wanted: Wanted, error: Mapping[str, Any], name: str, inside: Inside) 
 
 def findings_of(wanted: Wanted, outcome: Mapping[str, Any], inside: Inside) -> list[Finding]:
     """A cell's lint findings and their lines: of the model's source where they have one there, else of the model."""
-    # Files are relative to the recipe's folder, or to the current one.
-    folder = Path(wanted.cell.model).parent if wanted.cell.model.endswith(".toml") else Path()
     found = []
     for data in outcome["lint"]:
-        file = inside(str(folder / data["file"])) if data.get("file") else None
+        path = Path(outcome["folder"], data["file"]) if data.get("file") else None
+        file = inside(str(path)) if path and path.is_file() else None
         place = Place(file, data["line"]) if file else wanted.place()
         found.append(Finding(data, place, _fails(wanted, data)))
     return found

@@ -11,10 +11,11 @@ from typing import Any
 from edgeattn.bundle import Bundle
 from edgeattn.check.file import Latency, Wanted
 from edgeattn.check.lock import Entry
-from edgeattn.core.errors import EdgeAttnError
+from edgeattn.core.errors import EdgeAttnError, ToolchainMissing
 from edgeattn.core.files import whole_folder, write_whole
 from edgeattn.core.hashing import sha256_data, sha256_sources
 from edgeattn.pipeline.stages import PACKAGE
+from edgeattn.profile.measure import UNPACED
 from edgeattn.report.checks.data import Item, Status
 
 _UPDATE = "edgeattn check --update makes one of what is there now; --baseline FOLDER takes another commit's bundles"
@@ -25,7 +26,7 @@ class Gates:
 
     Args:
         work: where accepted bundles are, and what was measured before.
-        baseline: folder of another commit's bundles, or of its checkout, in place of the accepted ones.
+        baseline: folder of another commit's bundles, in place of the accepted ones.
         machine: this one in words. again: measure also what was measured before.
     """
 
@@ -35,8 +36,6 @@ class Gates:
         self._work, self._machine, self._say, self._again = work, machine, say, again
         self._given = baseline is not None
         self._baseline = baseline or work / "baseline"
-        if (self._baseline / work.name / "bundles").is_dir():
-            self._baseline = self._baseline / work.name / "bundles"
 
     def accept(self, one: Wanted, bundle: Path) -> None:
         """Make a cell's bundle its baseline."""
@@ -61,11 +60,15 @@ class Gates:
         if not self._given and (locked is None or _artifacts(base, locked) != locked.artifacts):
             words = "nothing was measured: the baseline at hand is not the one that the lock file names"
             return Item("latency", "warned", words, place, fix=_UPDATE), None
+        if head.manifest.backend in UNPACED:
+            words = f"runs of {head.manifest.backend} cannot take turns with others"
+            return Item("latency", "skipped", words, place), None
         try:
             verdict = self._verdict(one, base, head, one.budgets.latency)
         except EdgeAttnError as error:
-            words = f"it cannot be measured: {error.what}"
-            return Item("latency", "failed", words, place, error.why or "", error.fix or ""), None
+            status: Status = "skipped" if isinstance(error, ToolchainMissing) else "failed"
+            words = f"it cannot be measured here: {error.what}"
+            return Item("latency", status, words, place, error.why or "", error.fix or ""), None
         return _item(verdict, one), verdict
 
     def _verdict(self, one: Wanted, base: Bundle, head: Bundle, asked: Latency) -> dict[str, Any]:
@@ -91,7 +94,8 @@ class Gates:
         self._say(f"{one.id}: latency against the baseline")
         measured = gate(base.path, head.path, asked.device, margin=asked.margin, threads=asked.threads, say=self._say)
         verdict = measured.as_dict()
-        if verdict["verdict"] != "refused":
+        # Another minute may tell what this one could not.
+        if verdict["verdict"] in ("pass", "regress"):
             write_whole(file, json.dumps({"key": key, "verdict": verdict}, allow_nan=False).encode())
         return verdict
 
@@ -111,6 +115,6 @@ def _item(verdict: Mapping[str, Any], one: Wanted) -> Item:
     words, ratio = verdict["verdict"], verdict["ratio"]
     if ratio:
         words += f": {ratio['value']:.3f}x the baseline [{ratio['low']:.3f} to {ratio['high']:.3f}]"
-    fix = "edgeattn check --update accepts it" if verdict["verdict"] == "regress" else ""
+    fix = "edgeattn check --update accepts it" if verdict["verdict"] == "regress" else verdict["fix"]
     allowed = f"allowed is {1 + one.budgets.latency.margin:.2f}x"
     return Item("latency", status, f"{words}, {allowed}", one.place("latency"), verdict["why"], fix)

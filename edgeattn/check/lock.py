@@ -103,9 +103,10 @@ def changes(name: str, old: Entry | None, new: Entry) -> Iterator[str]:
         if was != now:
             yield f"{name}: {tool} {was or 'not used'} -> {now or 'not used'}"
     for fact, form in KEPT.items():
-        was_, now_ = old.facts.get(fact), new.facts.get(fact)
-        if was_ != now_:
-            words = (form.format(value) if value is not None else "unknown" for value in (was_, now_))
+        # As they are written: the last digits of an error are those of a machine's kernels.
+        facts = [entry.facts.get(fact) for entry in (old, new)]
+        words = [form.format(value) if value is not None else "unknown" for value in facts]
+        if words[0] != words[1]:
             yield f"{name}: {fact} {' -> '.join(words)}"
     differ = [
         file for file in sorted({*old.artifacts, *new.artifacts}) if old.artifacts.get(file) != new.artifacts.get(file)

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import edgeattn
 from edgeattn.bundle import Bundle
 from edgeattn.bundle.runner_state import about
 from edgeattn.check import lock as locks
-from edgeattn.check.file import Wanted
+from edgeattn.check.file import NAME, Wanted
 from edgeattn.check.judge import Inside, findings_of, judge, locked_bytes
 from edgeattn.check.latency import Gates
 from edgeattn.core.errors import EdgeAttnError
@@ -91,12 +91,13 @@ def run(
     lock = locks.read(asked.lock)
     wanted, fresh = planned.wanted, set(planned.todo)
     outcomes = _outcomes(planned, asked, executor, watch)
-    gates = Gates(asked.work, asked.baseline, here, say, asked.again)
-    cells, entries = [], {}
+    gates = Gates(asked.work, _bundles(asked), here, say, asked.again)
+    cells: list[Checked] = []
+    entries: dict[str, locks.Entry] = {}
+    accepted: dict[str, locks.Entry] = {}
     for one in wanted:
         outcome, locked = outcomes[one.id], lock.cells.get(one.id) if lock else None
-        if outcome["held"] and one.budgets.peak_memory_mb is not None:
-            _measure_memory(outcome, say)
+        if outcome["held"] and one.budgets.peak_memory_mb is not None and _measure_memory(outcome, say):
             _keep(asked, one, outcome)
         items = judge(one, outcome, locked, here, asked.inside)
         if asked.locked and (item := locked_bytes(one, outcome, locked)):
@@ -105,6 +106,13 @@ def run(
         if one.budgets.latency and not asked.update:
             item, latency = gates.check(one, outcome, locked)
             items.append(item)
+        if outcome["held"]:
+            entries[one.id] = locks.entry_of(Bundle.open(outcome["bundle"]), outcome, here)
+            if asked.update and not any(item.status == "failed" and not of_lock(item) for item in items):
+                accepted[one.id] = _entry(one, entries[one.id], locked, items)
+                items = [_accepting(item) for item in items]
+                if one.budgets.latency:
+                    gates.accept(one, Path(outcome["bundle"]))
         facts, lint = outcome["facts"] if outcome["held"] else {}, findings_of(one, outcome, asked.inside)
         cells.append(
             Checked(
@@ -120,12 +128,12 @@ def run(
                 latency,
             )
         )
-        if outcome["held"]:
-            entries[one.id] = locks.entry_of(Bundle.open(outcome["bundle"]), outcome, here)
-    changes = _changes(lock, entries, [one.id for one in wanted]) if lock or asked.update else []
+    new = _lock(lock, accepted, wanted) if asked.update else None
+    shown = entries if new is None else new.cells
+    changes = _changes(lock, shown, [one.id for one in wanted]) if lock or new else []
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     done = Run(wanted[0].file, created, edgeattn.__version__, tuple(cells), tuple(changes), time.perf_counter() - begun)
-    return done, _accepted(lock, entries, done, gates, wanted) if asked.update else None
+    return done, new
 
 
 def _outcomes(planned: Plan, asked: Asked, executor: Executor, watch: Watcher) -> dict[str, dict[str, Any]]:
@@ -153,6 +161,19 @@ class _Keeping:
         if done.result is not None:
             self._keep(task.key, done.result)
         self._watch.finished(task, done)
+
+
+def work_of(file: Path) -> Path:
+    """The work folder of a file: ``.edgeattn`` beside it, in which another file than edgeattn.toml has a part."""
+    return file.parent / WORK if file.name == NAME else file.parent / WORK / file.stem
+
+
+def _bundles(asked: Asked) -> Path | None:
+    """Another commit's bundles, of its checkout too; None without a baseline."""
+    if asked.baseline is None:
+        return None
+    checkout = asked.baseline / asked.work.relative_to(asked.lock.parent) / "bundles"
+    return checkout if checkout.is_dir() else asked.baseline
 
 
 def _make_work(work: Path) -> None:
@@ -188,22 +209,23 @@ def _kept(asked: Asked, one: Wanted) -> dict[str, Any] | None:
         return None
 
 
-def _measure_memory(outcome: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Adds the fact ``run_mb``: what a process that runs the bundle takes; None where it cannot run here."""
+def _measure_memory(outcome: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Sets the fact ``run_mb``, what a process that runs the bundle takes; False where it is known, or cannot be."""
     from edgeattn.profile.measure import Effort
     from edgeattn.profile.run import Wanted as Runs
     from edgeattn.profile.run import jobs_of, measure
 
-    if "run_mb" in outcome["facts"]:
-        return
+    if outcome["facts"].get("run_mb") is not None:
+        return False
     bundle = Bundle.open(outcome["bundle"])
     try:
         jobs = jobs_of([bundle], Runs(backend=bundle.manifest.backend))
         effort = Effort(rounds=1, runs=3, warmup=1, operations=False)
         records = measure(jobs, "local", effort, say).records
-        outcome["facts"]["run_mb"] = records[0].memory.peak_rss_mb if records else None
     except EdgeAttnError:
-        outcome["facts"]["run_mb"] = None
+        return False
+    outcome["facts"]["run_mb"] = records[0].memory.peak_rss_mb if records else None
+    return True
 
 
 def _changes(lock: locks.Lock | None, entries: Mapping[str, locks.Entry], names: Sequence[str]) -> list[str]:
@@ -213,27 +235,18 @@ def _changes(lock: locks.Lock | None, entries: Mapping[str, locks.Entry], names:
     return found + [f"{name}: not asked for any more" for name in locks.gone(old, names)]
 
 
-def _accepted(
-    lock: locks.Lock | None, entries: Mapping[str, locks.Entry], done: Run, gates: Gates, wanted: Sequence[Wanted]
-) -> locks.Lock:
-    """The lock file with what holds; what fails for another reason than the lock file stays as it was.
+def _entry(one: Wanted, entry: locks.Entry, before: locks.Entry | None, items: Sequence[Item]) -> locks.Entry:
+    """What is accepted of a cell: of the same artifact on the same versions and machine the first seconds stay."""
+    slower = any(item.name == "export time" and item.status == "failed" for item in items)
+    same = before is not None and before.machine == entry.machine and not list(locks.changes(one.id, before, entry))
+    return before if before is not None and same and not slower else entry
 
-    Bundles of cells that have a budget of latency become the baseline.
-    """
+
+def _lock(lock: locks.Lock | None, accepted: Mapping[str, locks.Entry], wanted: Sequence[Wanted]) -> locks.Lock:
+    """The lock file with what is accepted; what does not hold stays as it was, and what nobody asks for goes."""
     old = lock.cells if lock else {}
-    cells = {}
-    for one, cell in zip(wanted, done.cells, strict=True):
-        entry = entries.get(one.id)
-        if entry is not None and not any(_stands(item) for item in cell.items):
-            # Of the same artifact on the same versions the first export's seconds stay.
-            before = old.get(one.id)
-            same = before is not None and not list(locks.changes(one.id, before, entry))
-            cells[one.id] = before if before is not None and same else entry
-            if one.budgets.latency:
-                gates.accept(one, Path(cell.bundle))
-        elif one.id in old:
-            cells[one.id] = old[one.id]
-    return locks.Lock(cells=cells)
+    found = {one.id: accepted.get(one.id) or old.get(one.id) for one in wanted}
+    return locks.Lock(cells={name: entry for name, entry in found.items() if entry is not None})
 
 
 def of_lock(item: Item) -> bool:
@@ -241,5 +254,8 @@ def of_lock(item: Item) -> bool:
     return item.name.startswith("growth of ") or item.name in ("export time", "locked", "latency")
 
 
-def _stands(item: Item) -> bool:
-    return item.status == "failed" and not of_lock(item)
+def _accepting(item: Item) -> Item:
+    """With ``--update`` what was held against the lock file is no failure: it is what is accepted."""
+    if item.status != "failed":
+        return item
+    return replace(item, status="held", words=f"{item.words}; accepted now", fix="")

@@ -19,13 +19,13 @@ class Shown:
     @staticmethod
     def here() -> Shown:
         """From the root that a CI system names, if this folder is in it; else from this folder."""
-        here = Path.cwd().resolve()
-        named = [Path(value).resolve() for name in _ROOTS if (value := os.environ.get(name))]
+        here = Path.cwd()
+        named = [Path(os.path.abspath(value)) for name in _ROOTS if (value := os.environ.get(name))]
         return Shown(next((root for root in named if here.is_relative_to(root)), here))
 
     def name(self, file: str) -> str | None:
         """Of a file as it is shown; None of one that is elsewhere, or that was installed."""
-        path = Path(file).resolve()
+        path = Path(os.path.abspath(file))
         if not path.is_relative_to(self.root) or "site-packages" in path.parts:
             return None
         return path.relative_to(self.root).as_posix()

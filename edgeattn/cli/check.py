@@ -60,6 +60,8 @@ def command(
       edgeattn check --update                 # accept what is there: edgeattn.lock
       edgeattn check --locked -o reports      # in CI: JUnit, SARIF, Markdown, HTML, JSON
     """
+    import os
+
     from edgeattn.check import file as files
     from edgeattn.cli._show import console
     from edgeattn.core.errors import CheckFailed, UsageError
@@ -68,7 +70,11 @@ def command(
     if init is not None:
         from edgeattn.check.init import write
 
-        write(path, init, inputs)
+        folder = Path(os.path.abspath(path)).parent
+        if not folder.is_dir():
+            raise UsageError("the folder does not exist", value=folder, where="edgeattn.toml")
+        os.chdir(folder)  # where the file is looked up from
+        write(folder / path.name, init, inputs)
         console().print(f"wrote {path}    (edgeattn check{'' if file is None else f' {path}'} runs it)", markup=False)
         return
     for given, words in ((inputs, "--input"), (update and locked, "--update and --locked")):
@@ -79,7 +85,7 @@ def command(
         run, asked, reports = _run(path, update, locked, baseline, output, workers, again)
     except UsageError as error:
         if _github(form):
-            _annotate(error, path)
+            click.echo(_annotation(error, path), err=as_json)
         raise
     if as_json:
         import json
@@ -108,7 +114,7 @@ def _run(
 
     from edgeattn.check import lock as locks
     from edgeattn.check.file import read
-    from edgeattn.check.run import WORK, Asked, plan, run
+    from edgeattn.check.run import Asked, plan, run, work_of
     from edgeattn.check.work import Shown
     from edgeattn.cli._tasks import Tasks
     from edgeattn.core.errors import UsageError
@@ -117,13 +123,13 @@ def _run(
     from edgeattn.report.checks.files import write_all
 
     shown = Shown.here()
-    folder = path.resolve().parent
-    work = folder / WORK
+    folder = Path(os.path.abspath(path)).parent
+    work = work_of(folder / path.name)
     reports = Path(output).resolve() if output else work / "reports"
     base = Path(baseline).resolve() if baseline else None
     if base is not None and not base.is_dir():
         raise UsageError("the baseline is no folder", value=baseline, where="--baseline")
-    name = shown.name(str(path.resolve())) or str(path)
+    name = shown.name(str(folder / path.name)) or str(path)
     if folder.is_dir():
         os.chdir(folder)
     wanted = read(path if not folder.is_dir() else folder / path.name, name)
@@ -138,7 +144,7 @@ def _run(
     return done, asked, reports
 
 
-def _annotate(error: UsageError, path: Path) -> None:
+def _annotation(error: UsageError, path: Path) -> str:
     """A file that cannot be read has a line too."""
     from edgeattn.report.checks.ci import command as annotation
     from edgeattn.report.checks.data import Place
@@ -146,7 +152,7 @@ def _annotate(error: UsageError, path: Path) -> None:
     file, _, line = (error.where or "").partition(",")[0].rpartition(":")
     place = Place(file, int(line)) if file and line.isdigit() else Place(str(path))
     words = "\n".join(part for part in (error.what, error.why, error.fix) if part)
-    click.echo(annotation("error", place, "edgeattn check", words))
+    return annotation("error", place, "edgeattn check", words)
 
 
 def _show(out: Console, run: Run, reports: Path) -> None:

@@ -69,7 +69,8 @@ def validate(model: type[Model], data: Mapping[str, Any], source: str) -> Model:
             else:
                 message = item["msg"].removeprefix("Value error, ")
                 problems.append(f"{key}: given {item['input']!r}; {message}")
-        first, *more = problems
+        # A misspelt key also is the one that is missing.
+        first, *more = sorted(problems, key=lambda problem: ": unknown key" not in problem)
         raise UsageError(
             f"{model.__name__.lower()} is not valid",
             where=source,

@@ -18,12 +18,12 @@ from edgeattn.core.hashing import sha256_data
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.child import as_data
 from edgeattn.pipeline.job import Job
-from edgeattn.pipeline.plan import known_key
+from edgeattn.pipeline.plan import known_key, make_plan
 
 #: How a cell is run, as an executor's task names it.
 CALL = "edgeattn.pipeline.cells:run_cell"
 #: Errors that another time may not come, whatever goes into a cell.
-_PASSING = ("Crashed", "ToolchainMissing", "DeviceUnreachable")
+_PASSING = ("Crashed", "ToolchainMissing", "UsageError", "DeviceUnreachable")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
         argument: ``{"cell": Cell.to_dict(), "output": folder}``.
 
     Returns:
-        ``held``; ``stage`` and ``error`` of what did not, "resolve" before any stage; ``bundle`` (its folder),
+        ``held``; ``stage`` and ``error`` of what did not, "resolve" before any stage; ``folder``, which files of
+        findings are relative to; ``bundle`` (its folder),
         ``digest`` (its manifest's), ``key``, ``artifacts`` (SHA-256 by file), ``lint`` (findings with their target),
         ``facts``, and the ``stages`` with their keys and whether they ran now.
     """
@@ -123,7 +124,7 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
     watch, begun = _Stages(say), time.perf_counter()
     try:
         job = cell.job()
-        outcome["stage"] = "build"
+        outcome |= {"stage": "build", "folder": job.resolved.folder}
         try:
             outcome |= _export(cell, job, Path(argument["output"]), watch)
         except Crashed:
@@ -134,8 +135,10 @@ def run_cell(argument: Mapping[str, Any], say: Callable[[str], None]) -> dict[st
         outcome["error"] = as_data(error)
         outcome["facts"] = {"wall_s": time.perf_counter() - begun}
         if outcome["stage"] != "resolve":
-            # Known by now: a failure that was looked for once need not be looked for again.
-            outcome["key"] = known_key(job, Cache.default()) or ""
+            # It need not be looked for again, if it is a failure of the files as they are now.
+            cache = Cache.default()
+            built = all(make_plan(part, cache, "build")[-1].record is not None for part in job.parts)
+            outcome["key"] = (known_key(job, cache) or "") if built else ""
             outcome["lint"] = _findings(job)
     return outcome
 
@@ -164,13 +167,12 @@ def _whole(outcome: Mapping[str, Any]) -> bool:
 def no_outcome(cell: Cell, error: Mapping[str, Any] | None) -> dict[str, Any]:
     """An outcome before there is one, or of a cell whose process gave none but an error."""
     found: dict[str, Any] = {"cell": cell.to_dict(), "held": False, "stage": "resolve", "error": error, "bundle": ""}
+    found["folder"] = ""
     return found | {"digest": "", "key": "", "artifacts": {}, "lint": [], "facts": {}, "stages": []}
 
 
 def _findings(job: Job) -> list[dict[str, Any]]:
     """What lint found before the export ended, where it came so far."""
-    from edgeattn.pipeline.plan import make_plan
-
     found = []
     for part in job.parts:
         record = make_plan(part, Cache.default(), "lint")[-1].record

@@ -21,7 +21,7 @@ from edgeattn.pipeline.advice import advise
 from edgeattn.pipeline.cache import Cache
 from edgeattn.pipeline.job import Job
 from edgeattn.pipeline.pack import pack
-from edgeattn.pipeline.plan import bundle_key, check_choice, sources_key
+from edgeattn.pipeline.plan import bundle_key, check_choice, joined_key, sources_key
 from edgeattn.pipeline.rivals import choose
 from edgeattn.pipeline.run import Finished, Progress, Silent, run_plan
 from edgeattn.quant.plan import BITS
@@ -202,7 +202,8 @@ def export_job(job: Job, output: Path, *, force: bool = False, progress: Progres
     if cache.sources(sources_key(job)) is not None:
         _keep_standing(final, bundle_key(job, cache), force)
     runs = {part.target: run_plan(part, cache, progress) for part in job.parts}
-    key = bundle_key(job, cache)
+    # As they were when the stages ran: a file that was changed since is the next export's.
+    key = joined_key(job, [runs[part.target].keys["bundle"] for part in job.parts])
     standing = _keep_standing(final, key, force)
     if standing is not None:
         return Exported(standing, runs, True)

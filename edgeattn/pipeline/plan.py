@@ -63,8 +63,12 @@ def _sources(job: Job, cache: Cache) -> dict[str, Any] | None:
 
 def bundle_key(job: Job, cache: Cache) -> str:
     """Digest of all that goes into a job's bundle, which may hold several artifacts."""
-    keys = [make_plan(part, cache, look=False)[-1].key for part in job.parts]
-    return keys[0] if len(keys) == 1 else sha256_data({"target": job.target, "parts": keys})
+    return joined_key(job, [make_plan(part, cache, look=False)[-1].key for part in job.parts])
+
+
+def joined_key(job: Job, keys: Sequence[str]) -> str:
+    """``bundle_key`` from those of the job's parts."""
+    return keys[0] if len(keys) == 1 else sha256_data({"target": job.target, "parts": list(keys)})
 
 
 def known_key(job: Job, cache: Cache) -> str | None:

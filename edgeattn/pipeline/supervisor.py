@@ -97,7 +97,9 @@ class Supervisor:
         if answer["kind"]:
             error: EdgeAttnError = getattr(errors, answer["kind"])(**answer["parts"])
         else:
-            error = ConversionFailed(
+            # Another time there may be more memory.
+            kind = Crashed if answer["why"] == "out of memory" else ConversionFailed
+            error = kind(
                 f"stage {stage} failed", why=answer["why"], where=str(self._log), fix="read the log, or pass --debug"
             )
         error.traceback_text = answer["traceback"]

@@ -47,6 +47,7 @@ def outcome(of: Wanted, **facts: Any) -> dict[str, Any]:
         "held": True,
         "stage": "",
         "error": None,
+        "folder": "",
         "bundle": "",
         "digest": "d",
         "key": "k",

@@ -146,11 +146,33 @@ def test_the_file_that_init_writes_holds_and_a_second_run_costs_little(tmp_path:
     assert fresh.returncode == 0, fresh.stdout + fresh.stderr
 
 
+def test_a_mistake_in_a_recipe_is_told_at_its_line(tmp_path: Path, edgeattn_cli: Cli) -> None:
+    (tmp_path / "own.toml").write_text('name = "own"\ndescription = "x"\n\n[model]\nfactry = "net.py:Net"\n')
+    (tmp_path / "edgeattn.toml").write_text('[models.own]\nmodel = "own.toml"\n')
+    done = edgeattn_cli("check", "--format", "github", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "::error file=own.toml,line=5,title=own onnx fp32%3A export::" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_failure_that_was_mended_elsewhere_is_looked_at_again(tmp_path: Path, edgeattn_cli: Cli) -> None:
+    """The file that fails is not among those that the model was built from when it was built last."""
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "edgeattn.toml").write_text('[models.fine]\nmodel = "net.py:Fine"\ninputs = ["x=1x8"]\n')
+    assert edgeattn_cli("check", cwd=tmp_path).returncode == 0
+    (tmp_path / "net.py").write_text("import helper\n" + NET)
+    (tmp_path / "helper.py").write_text("raise RuntimeError\n")
+    assert edgeattn_cli("check", cwd=tmp_path).returncode == 1
+    (tmp_path / "helper.py").write_text("")
+    mended = edgeattn_cli("check", cwd=tmp_path)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "words", "where"),
     [
         (None, "there is no file of checks", "edgeattn.toml"),
-        ("[models", "not TOML", "edgeattn.toml"),
+        ("[models.a]\nmodel = \n", "not TOML", "edgeattn.toml:2"),
         ('[models.a]\nmodel = "x"\ntarget = "onnx"\n', "targets", "edgeattn.toml:3"),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_action_checks_and_leaves_its_reports(checkout: Path) -> None:
     ran = []
     for step in action["runs"]["steps"]:
         if "run" not in step:
-            assert re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"])
+            assert re.fullmatch(r"actions/[\w/-]+@v\d+", step["uses"])
             continue
         assert step["shell"] == "bash"
         assert "${{" not in step["run"], "an input in the script would be run as a script"

@@ -55,6 +55,13 @@ numerics = { fp32 = 0.2 }
     assert fp32.place("lint").line == 1, "what nobody asks for is the model's"
 
 
+def test_a_models_latency_budget_keeps_what_it_does_not_name(tmp_path: Path) -> None:
+    text = '[models.a]\nmodel = "x"\n[models.a.budgets.latency]\nthreads = 2\n[budgets.latency]\nmargin = 0.1\n'
+    (cell,) = wanted(tmp_path, text)
+    assert cell.budgets.latency is not None
+    assert (cell.budgets.latency.threads, cell.budgets.latency.margin) == (2, 0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
@@ -67,6 +74,12 @@ numerics = { fp32 = 0.2 }
         ('[models.a]\nmodel = "x"\ntargets = ["coreml"]\ndevices = ["raspberry-pi-5"]\n', 1, "raspberry-pi-5"),
         ('[models."../up"]\nmodel = "x"\n', 1, "../up"),
         ('[models.a]\ntargets = ["onnx"]\n', 1, "missing"),
+        ('[models.a]\nmodel = "x"\nprecisions = ["fp32", "fp33"]\n', 3, "fp33"),
+        ('[models.a]\nmodel = "x"\ntargets = ["onnx", "onnx"]\n', 3, "twice"),
+        ('[models.a]\nmodel = "x"\nargs = { since = 2024-01-01 }\n', 3, "finite numbers"),
+        ('[models.a]\nmodel = "x"\nargs = { x = nan }\n', 3, "finite numbers"),
+        ('[models.a]\nmodel = "x"\n[budgets]\nnumerics = { fp32 = inf }\n', 4, "from 0 on"),
+        ('[models.a]\nmodel = "x"\nlayout = \n', 3, "not TOML"),
     ],
 )
 def test_what_is_wrong_has_a_line_and_says_what_would_do(text: str, line: int, words: str, tmp_path: Path) -> None:

@@ -95,10 +95,18 @@ def test_lint_fails_at_its_level_and_is_the_only_failure(tmp_path: Path) -> None
 
 def test_findings_stand_in_the_models_source_or_at_the_model(tmp_path: Path) -> None:
     of = one(tmp_path)
-    data = [finding(file="/repo/net.py", line=7), finding(file="/elsewhere/x.py", line=9), finding()]
-    inside = {"/repo/net.py": "net.py"}.get
-    places = [str(found.place) for found in findings_of(of, outcome(of) | {"lint": data}, inside)]
-    assert places == ["net.py:7", "edgeattn.toml:1", "edgeattn.toml:1"]
+    (tmp_path / "net.py").touch()
+    gone, outside = finding(file="gone.py", line=8), finding(file=str(Path(__file__)), line=9)
+    result = outcome(of) | {"lint": [finding(file="net.py", line=7), gone, outside, finding()], "folder": str(tmp_path)}
+    inside = {str(tmp_path / "net.py"): "sub/net.py", str(tmp_path / "gone.py"): "sub/gone.py"}.get
+    places = [str(found.place) for found in findings_of(of, result, inside)]
+    assert places == ["sub/net.py:7", *["edgeattn.toml:1"] * 3]
+
+
+def test_an_error_in_the_models_source_stands_there(tmp_path: Path) -> None:
+    of = one(tmp_path)
+    result = failed(of, "capture", "ConversionFailed", where="/repo/net.py:12")
+    assert str(items(of, result)["export"].place) == "/repo/net.py:12"
 
 
 def test_an_error_in_a_recipe_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

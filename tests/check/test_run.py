@@ -13,7 +13,7 @@ import pytest
 from edgeattn.bundle import Bundle
 from edgeattn.check import lock as locks
 from edgeattn.check.file import Wanted
-from edgeattn.check.run import Asked, plan, run
+from edgeattn.check.run import Asked, plan, run, work_of
 from edgeattn.pipeline.executor import Done, Task, Watcher
 from edgeattn.report.checks.data import Run
 from tests.check.making import failed, outcome, wanted
@@ -101,7 +101,7 @@ def test_nothing_that_is_unchanged_is_made_again(place: Path, digits: Bundle) ->
 
 def test_a_failure_is_kept_and_what_passes_by_itself_is_not(place: Path) -> None:
     (a, _) = wanted(place, TEXT.format(""))
-    kinds = {"CheckFailed": 2, "ConversionFailed": 2, "ToolchainMissing": 4, "UsageError": 2}
+    kinds = {"CheckFailed": 2, "ConversionFailed": 2, "ToolchainMissing": 4, "UsageError": 4}
     for kind, count in kinds.items():
         shutil.rmtree(place / ".edgeattn", ignore_errors=True)
         key = (place / "keys").read_text()
@@ -143,6 +143,11 @@ def test_accepting_shows_the_difference_and_leaves_out_what_does_not_hold(place:
         return failed(wanted(place, TEXT.format(""))[1], "verify") | {"key": "1"} if broken else make(argument)
 
     growth = "[budgets.growth]\nnodes = 0.0"
+    alone, _ = check(place, Exports(make), growth, update=True, again=True)
+    assert alone.held, "what was held against the lock is accepted, and no failure"
+    assert {i.words.partition(";")[2] for c in alone.cells for i in c.items if i.name == "growth of nodes"} == {
+        " accepted now"
+    }
     refused, _ = check(place, Exports(one_breaks), growth, again=True)
     assert [(c.suite, i.name) for c, i in refused.failures()] == [("a", "growth of nodes"), ("b", "numerics")]
     found, new = check(place, Exports(one_breaks), growth, update=True)
@@ -150,6 +155,31 @@ def test_accepting_shows_the_difference_and_leaves_out_what_does_not_hold(place:
     assert new is not None
     assert new.cells["a onnx fp32"].facts["nodes"] == 25
     assert new.cells["b onnx fp32"] == lock.cells["b onnx fp32"], "what does not hold stays as it was accepted"
+
+
+def test_what_is_not_accepted_is_not_said_to_be(place: Path, digits: Bundle) -> None:
+    found, lock = check(place, Exports(held(place, digits)), "size_mb = 1.0", update=True)
+    assert not found.held
+    assert (lock, found.changes) == (locks.Lock(), ())
+
+
+def test_seconds_are_accepted_anew_where_they_failed_or_the_machine_is_another(place: Path, digits: Bundle) -> None:
+    def accept(seconds: float) -> dict[str, Any]:
+        exports = Exports(held(place, digits, seconds=seconds))
+        _, lock = check(place, exports, "export_time_ratio = 2.0", update=True, again=True)
+        assert lock is not None
+        locks.write(place / "edgeattn.lock", lock)
+        return lock.model_dump()["cells"]["a onnx fp32"]
+
+    assert [accept(seconds)["seconds"] for seconds in (10.0, 15.0, 25.0)] == [10.0, 10.0, 25.0]
+    file = place / "edgeattn.lock"
+    file.write_text(file.read_text().replace('"machine": "', '"machine": "another '))
+    assert accept(26.0)["seconds"] == 26.0
+
+
+def test_two_files_in_one_folder_have_work_of_their_own() -> None:
+    assert work_of(Path("/r/edgeattn.toml")) == Path("/r/.edgeattn")
+    assert work_of(Path("/r/exports.toml")) == Path("/r/.edgeattn/exports")
 
 
 def test_locked_fails_for_other_bytes(place: Path, digits: Bundle) -> None:

@@ -12,8 +12,13 @@ from benchmarks.planted import slower
 from edgeattn.bundle import Bundle
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("noise", [0, 2], ids=["quiet", "two busy neighbours"])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(0, marks=pytest.mark.slow, id="quiet"),
+        pytest.param(2, marks=pytest.mark.hand, id="two busy neighbours"),
+    ],
+)
 def test_the_same_bundle_twice_and_one_that_is_slower(noise: int, digits: Bundle, tmp_path: Path) -> None:
     ten = slower(digits.path, tmp_path, 0.10)
     with busy(noise):

@@ -208,10 +208,16 @@ def test_the_command_line(both: Callable[[str], Bundle], edgeattn_cli) -> None: 
     assert "emulated" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("pi")
-@pytest.mark.parametrize("precision", ["fp32", "w4"])
-@pytest.mark.parametrize("target", ["onnx", "tflite"])
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [
+        pytest.param("onnx", "fp32", marks=pytest.mark.slow),
+        pytest.param("onnx", "w4", marks=pytest.mark.slow),
+        pytest.param("tflite", "fp32", marks=pytest.mark.hand),
+        pytest.param("tflite", "w4", marks=pytest.mark.slow),
+    ],
+)
 def test_a_language_model_makes_its_text_there(  # type: ignore[no-untyped-def]
     target: str, precision: str, tmp_path: Path, edgeattn_cli
 ) -> None:

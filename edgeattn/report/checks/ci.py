@@ -64,19 +64,28 @@ def code_quality(run: Run) -> str:
     """GitLab's report: https://docs.gitlab.com/ci/testing/code_quality/."""
     found = {}
     for cell, item in (*run.failures(), *run.warnings()):
+        if item.name == "lint" and any(finding.fails for finding in cell.lint):
+            continue
         severity = "major" if item.status == "failed" else "minor"
-        one = _issue(f"edgeattn/{item.name}", f"{cell.label}: {_words(item)}", severity, item.place)
+        one = _issue(item.name, cell.label, f"{cell.label}: {_words(item)}", severity, item.place)
         found[one["fingerprint"]] = one
     for cell in run.cells:
         for finding in cell.lint:
             words = f"{cell.suite} ({finding.data['target']}): {_said(finding.data)}"
-            one = _issue(f"edgeattn/{finding.data['rule']}", words, _GITLAB[finding.data["severity"]], finding.place)
+            data = finding.data
+            of = f"{cell.suite} {data['target']} {data['module']}"
+            one = _issue(data["rule"], of, words, _GITLAB[data["severity"]], finding.place)
             found[one["fingerprint"]] = one
     return json.dumps(list(found.values()), indent=1, ensure_ascii=False) + "\n"
 
 
-def _issue(name: str, words: str, severity: str, place: Place) -> dict[str, object]:
-    lines = {"begin": max(place.line, 1)}
-    plain: dict[str, object] = {"description": words, "check_name": name, "severity": severity}
-    plain |= {"location": {"path": place.file, "lines": lines}}
-    return {**plain, "fingerprint": sha256_data(plain)}
+def _issue(name: str, of: str, words: str, severity: str, place: Place) -> dict[str, object]:
+    """One issue; it is the same one as long as it is of the same check in the same place, whatever its numbers."""
+    location = {"path": place.file, "lines": {"begin": max(place.line, 1)}}
+    return {
+        "description": words,
+        "check_name": f"edgeattn/{name}",
+        "severity": severity,
+        "location": location,
+        "fingerprint": sha256_data([name, of, place.file]),
+    }

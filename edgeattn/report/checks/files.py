@@ -27,7 +27,10 @@ def write_all(run: Run, folder: Path, summary: str | None = None) -> None:
         for finding in cell.lint:
             data = {key: value for key, value in finding.data.items() if key != "target"}
             one = Finding(**{**data, "file": finding.place.file, "line": finding.place.line})
-            found[finding.data["target"], one.rule, one.module, one.detail] = (finding.data["target"], one)
+            found[finding.data["target"], one.rule, one.module, one.detail, finding.place] = (
+                finding.data["target"],
+                one,
+            )
     texts = {
         "junit.xml": junit(run),
         "lint.sarif": json.dumps(sarif(list(found.values())), indent=1, ensure_ascii=False) + "\n",

@@ -11,6 +11,9 @@ from edgeattn.report.checks.table import MARKS, headline, table
 _GATE = ("cell", "verdict", "ratio", "interval", "the baseline against itself")
 _LINT = ("severity", "rule", "model", "module", "place", "what to do")
 
+#: Rows of a table: GitHub shows nothing of a summary that is larger than 1 MiB.
+_MOST = 200
+
 
 def markdown(run: Run) -> str:
     """The page."""
@@ -37,10 +40,11 @@ def markdown(run: Run) -> str:
             rows.append(
                 (data["severity"], data["rule"], model, data["module"] or "(model)", str(finding.place), data["mend"])
             )
-        body = _table(_LINT, list(dict.fromkeys(rows)))
-        parts.append(f"<details><summary>Lint: {len(set(rows))} findings</summary>\n\n{body}\n\n</details>")
+        different = list(dict.fromkeys(rows))
+        body = _table(_LINT, different[:_MOST]) + _rest(different)
+        parts.append(f"<details><summary>Lint: {len(different)} findings</summary>\n\n{body}\n\n</details>")
     if run.changes:
-        listed = "\n".join(f"- {_text(change)}" for change in run.changes)
+        listed = "\n".join(f"- {_text(change)}" for change in run.changes[:_MOST]) + _rest(run.changes)
         title = f"<summary>{len(run.changes)} changes against the lock file</summary>"
         parts.append(f"<details>{title}\n\n{listed}\n\n</details>")
     parts.append(f"EdgeAttn {run.edgeattn}, {run.created}, {run.seconds:.0f} s, checks of {_text(run.file)}")
@@ -57,6 +61,10 @@ def _gate(label: str, verdict: dict[str, object]) -> tuple[str, ...]:
         interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
         cells += [f"{ratio['value']:.3f}x", interval] if name == "ratio" else [interval]
     return tuple(cells)
+
+
+def _rest(rows: Sequence[object]) -> str:
+    return f"\n\nand {len(rows) - _MOST} more, in report.html" if len(rows) > _MOST else ""
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
