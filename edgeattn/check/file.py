@@ -15,7 +15,6 @@ from edgeattn import device as devices
 from edgeattn import targets
 from edgeattn.core import schema
 from edgeattn.core.errors import UsageError
-from edgeattn.core.hashing import canonical_json
 from edgeattn.core.numerics import TOLERANCES
 from edgeattn.pipeline.cells import Cell
 from edgeattn.report.checks.data import Place
@@ -133,14 +132,7 @@ class Model(schema.Strict):
             raise ValueError(f"{', '.join(twice)} is there twice")
         return value
 
-    @field_validator("args")
-    @classmethod
-    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            canonical_json(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"must be text, finite numbers, true, false, lists and tables of them: {error}") from None
-        return value
+    _plain = field_validator("args")(schema.plain)
 
 
 class File(schema.Strict):

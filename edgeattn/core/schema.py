@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from edgeattn.core.errors import UsageError, closest
+from edgeattn.core.hashing import canonical_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,19 @@ class Strict(BaseModel):
         """TOML and JSON have arrays where Python has tuples; nothing else is converted."""
         wanted = cls.model_fields[str(info.field_name)].annotation
         return tuple(value) if isinstance(value, list) and get_origin(wanted) is tuple else value
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """For validators of tables that anything may be in: whether JSON can hold it, which dates and nan cannot be.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must be text, finite numbers, true, false, lists and tables of them: {error}") from None
+    return value
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import warnings
@@ -91,7 +92,8 @@ def _mended(entry: Entry, mend: Any) -> tuple[torch.export.ExportedProgram, torc
 def _outputs(module: torch.nn.Module, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = module(*(torch.from_numpy(feeds[name].copy()) for name in names))
+        # A model may write into its buffers: each run begins with those of the program.
+        given = copy.deepcopy(module)(*(torch.from_numpy(feeds[name].copy()) for name in names))
     return [value.numpy() for value in given]
 
 

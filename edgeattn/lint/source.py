@@ -47,7 +47,7 @@ class Sources:
         if guest and module == _GUEST + Path(self._source).stem:
             return self._source
         parts = "/".join(module.split("."))
-        for beside in {str(Path(self._source).parent) if guest else "", ""}:
+        for beside in dict.fromkeys((str(Path(self._source).parent) if guest else "", "")):
             for end in (".py", "/__init__.py"):
                 file = Path(beside, parts + end).as_posix()
                 if self._tree(file) is not None:

@@ -17,7 +17,7 @@ from edgeattn.core.files import remove
 from edgeattn.pipeline import child
 from edgeattn.pipeline.job import Job
 
-_KEPT_LOGS = 20
+_KEPT_LOGS = 200
 
 
 class Supervisor:
@@ -111,5 +111,7 @@ class Supervisor:
         code = self._process.wait()
         log = self._log
         self.stop()
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        tail: list[str] = []
+        with contextlib.suppress(OSError):  # others keep the newest logs alone
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
         return Crashed(f"stage {stage} crashed", why=child.ending(code), where=str(log), details=tail)

@@ -46,6 +46,8 @@ class Model(schema.Strict):
     precisions: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
 
+    _plain = field_validator("args")(schema.plain)
+
 
 class Exclude(schema.Strict):
     """Cells that are left out: those that are all of this. ``model`` is a name of the matrix."""
@@ -200,7 +202,19 @@ def entries(matrix: Matrix, source: str) -> list[Entry]:
     for name, model in matrix.models.items():
         try:
             checkpoint = None if model.checkpoint is None else Path(model.checkpoint)
-            recipes.resolve(model.model, inputs=model.inputs, checkpoint=checkpoint, args=model.args)
+            # What only some precisions have is looked at here too: a mistake in it is none of a target's.
+            fields = {"source": model.calibration} | ({} if model.samples is None else {"samples": model.samples})
+            named = schema.validate(recipes.CalibrationSpec, fields, source) if model.calibration else None
+            resolved = recipes.resolve(
+                model.model,
+                inputs=model.inputs,
+                checkpoint=checkpoint,
+                args=model.args,
+                calibration=named,
+                keep=model.keep,
+            )
+            if model.samples is not None and named is None:
+                recipes.with_samples(resolved, model.samples)
         except UsageError as error:
             error.where = f"{source}, models.{name}{f': {error.where}' if error.where else ''}"
             raise

@@ -188,6 +188,34 @@ def test_a_rule_is_met_by_one_model_and_not_by_another(name: str, held: tuple[st
         assert rule not in {finding.rule for finding in found(name, target, passes)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "target", "case", "met"),
+    [
+        ("data-dependent-shape", "tflite", do(lambda x: (x[0] > 0)[torch.arange(4)]), False),
+        ("data-dependent-shape", "tensorrt", do(lambda x: (x[0] > 0)[torch.arange(4)]), False),
+        ("mask-kept-wide", "onnx", do(lambda x: torch.where(x > 0, -1e9, x)), True),
+        ("mask-kept-wide", "onnx", do(lambda x: x + (x > 0).float() * -1e9), True),
+        ("mask-kept-wide", "onnx", do(lambda x: x - 1e9), True),
+        ("norm-over-channels", "onnx", do(lambda x: (x - 0.5).pow(2).mean(1, keepdim=True), X), False),
+        ("square-overflow", "coreml", do(lambda x: F.normalize(x, dim=-1)), True),
+        ("mask-overflow", "coreml", do(lambda x: x + ((x > 0).float() - 1.0) * 1e9), True),
+        ("mask-overflow", "coreml", do(lambda x: x + ((x > 0).float() - 1.0) * 1e4), False),
+    ],
+)
+def test_other_ways_to_write_it(rule: str, target: str, case: Case, met: bool) -> None:
+    name = rule if rule in shared().rules else f"{target}:{rule}"
+    assert (rule in {finding.rule for finding in found(name, target, program(case))}) == met
+
+
+def test_lint_leaves_the_program_as_it_was() -> None:
+    """Also where a converter is asked, whose decompositions write into what they are given."""
+    made = program(do(lambda x: torch.median(x.view(8, 16), -1).values.sigmoid()))
+    before = {name: entry.graph.graph_module.code for name, entry in made.entries.items()}
+    for name in ("onnx", "tflite", "coreml", "tensorrt", "optical"):
+        targets.get(name).lint(made, None)
+        assert {n: entry.graph.graph_module.code for n, entry in made.entries.items()} == before, name
+
+
 def test_what_is_found_in_a_flatbuffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real files that these are found in are among the tests of the target."""
     outside, new = [("m", "SIN")], [("m", "ERF v1")]

@@ -81,6 +81,7 @@ def _lint_config(job: Job) -> dict[str, Any]:
     """Of the device what findings depend on, so that one artifact serves all that are alike in it."""
     place, target = devices.resolve(job.device) if job.device else None, targets.get(job.target)
     fixed = {} if job.dynamic else job.ranges
+    books, code = user_books(), targets.code_of(job.target)
     return {
         "target": job.target,
         "runtime": job.runtime,
@@ -90,7 +91,12 @@ def _lint_config(job: Job) -> dict[str, Any]:
         # The converters are asked what they know, and rules hold for versions of them.
         "tools": tools.versions(target.lower_tools(target.precisions(None)[0])),
         # A user's rules; loaded here, so that a mistake in one is said before anything runs.
-        "rules": [[book.path.name, sha256_file(book.path)] for book in user_books()],
+        "rules": [[book.path.name, sha256_file(book.path)] for book in books],
+        "versions": tools.versions(
+            tuple(sorted({n for b in books for rule in b.rules.values() for n in rule.versions}))
+        ),
+        # A third party's code, which may look at anything of the device.
+        **({"target code": code, "device": place and place.model_dump(mode="json")} if code else {}),
     }
 
 

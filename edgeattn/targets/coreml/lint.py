@@ -55,6 +55,8 @@ _STATE_STEP = 32
 
 _MATMULS = {"matmul", "bmm", "baddbmm", "einsum"}
 _GATHERS = {"embedding", "gather", "index", "index_select", "take", "take_along_dim", "index_put", "scatter"}
+#: They sum squares, as F.normalize does.
+_NORMS = {"linalg_vector_norm", "norm"}
 _LARGEST = {"amax", "max", "linalg_vector_norm"}
 #: At most 1, whatever they take.
 _BOUNDED = {"sigmoid", "hardsigmoid", "tanh", "erf", "sin", "cos", "softmax"}
@@ -176,6 +178,8 @@ def _small(base: fx.Node) -> bool:
 
 
 def _square(node: fx.Node, scope: _Scope) -> Iterator[Hit]:
+    if op_of(node) in _NORMS and isinstance(node.args[0], fx.Node) and not _small(node.args[0]):
+        yield "square-overflow", op_of(node), None
     square = origin_of(node.args[0]) if op_of(node) in ("mean", "sum") else None
     if not isinstance(square, fx.Node) or not square.args or node in scope.mended:
         return
@@ -188,7 +192,9 @@ def _square(node: fx.Node, scope: _Scope) -> Iterator[Hit]:
 
 def _mask(node: fx.Node, scope: _Scope) -> Iterator[Hit]:
     numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, int | float) and math.isfinite(x)]
-    lowest = min((-x if op_of(node) == "sub" else x for x in numbers), default=0.0)
+    # A product with a large number is as low as that where its other factor is negative.
+    kind = op_of(node)
+    lowest = min((-x if kind == "sub" else -abs(x) if kind == "mul" else x for x in numbers), default=0.0)
     floats = any(value.is_floating_point() for value in tensors_of(node))
     if floats and not is_view(node) and lowest < _LOWEST:
         yield "mask-overflow", f"{op_of(node)} {lowest:g}", None
@@ -264,7 +270,7 @@ def _unknown(entry: Entry) -> list[fx.Node] | None:
     plan = LowerPlan("fp16", [], {}, options=CoreMLTarget().settle({}, None, "fp16"))
     try:
         return lower._unknown(lower.prepare(entry, plan).graph)
-    except (AssertionError, RuntimeError, ValueError):  # decompositions that fail are said by the conversion itself
+    except Exception:  # whatever a decomposition or a mend raises: the conversion itself says it
         return []
 
 

@@ -11,7 +11,7 @@ from edgeattn.lint.operators import is_check
 
 
 def unknown(entry: Entry) -> list[fx.Node] | None:
-    """Nodes of the graph as the exporter decomposes it; None where the exporter is not installed or has moved."""
+    """Nodes of the graph as the exporter decomposes it; None where it cannot be asked."""
     if tools.version("onnxscript") is None:
         return None
     try:
@@ -27,5 +27,5 @@ def unknown(entry: Entry) -> list[fx.Node] | None:
                 for node in graph.graph.nodes
                 if node.op == "call_function" and not is_check(node) and not registry.get_decomps(node.target)
             ]
-    except (ImportError, AttributeError):
+    except Exception:  # it has moved, or a decomposition raises: the conversion itself says that
         return None

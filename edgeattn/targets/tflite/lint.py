@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import cache
@@ -35,7 +36,10 @@ def _unknown(entry: Entry) -> list[Any] | None:
         from litert_torch.backend.lowerings import registry
 
         try:
-            graph = fx_infra.safe_run_decompositions(entry.graph, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
+            # It writes into the graph that it is given: a copy, whose tensors are the program's own.
+            tensors = [*entry.graph.state_dict.values(), *entry.graph.constants.values()]
+            graph = copy.deepcopy(entry.graph, {id(tensor): tensor for tensor in tensors})
+            graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp(), can_skip=False)
         except Exception:  # whatever a decomposition raises: the conversion itself says it
             return []

@@ -164,6 +164,7 @@ MET: list[Case] = [
     ("gqa", Do(grouped), (X,)),
     ("circular-pad", Do(lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")), (X,)),
     ("antialias-dropped", Do(lambda x: F.interpolate(x, (8, 4), mode="bilinear", antialias=True)), (X,)),
+    ("ceil-pool", nn.AvgPool2d(3, 2, ceil_mode=True), (X,)),
 ]
 #: A rule, and what stands beside it: met by no rule at all.
 MISSED: list[Case] = [
@@ -200,6 +201,7 @@ MISSED: list[Case] = [
     ("gqa", Do(lambda x: F.scaled_dot_product_attention(x, x[:, :2].repeat(1, 2, 1, 1), x)), (X,)),
     ("circular-pad", Do(lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")), (X,)),
     ("antialias-dropped", Do(lambda x: F.interpolate(x, (8, 4), mode="bilinear")), (X,)),
+    ("ceil-pool", nn.AvgPool2d(3, 2), (X,)),
 ]
 #: Rules about inputs have tests of their own.
 OF_INPUTS = {"int64-input", "dynamic-shape"}
