@@ -94,6 +94,7 @@ def _run(
     """Findings and fixes by target, the folder that the findings' files are relative to, and the device."""
     import tempfile
 
+    from edgeattn import targets
     from edgeattn.cli._show import Live
     from edgeattn.lint import Finding
     from edgeattn.lint.books import user_books
@@ -101,7 +102,7 @@ def _run(
     from edgeattn.pipeline.export import make_job
     from edgeattn.pipeline.run import run_plan
 
-    user_books(files)  # a mistake in them is said before anything runs
+    targets.check_rules(user_books(files))  # a mistake in them is said before anything runs
     live = Live()
     found: dict[str, list[Finding]] = {}
     fixes: dict[str, list[Fix]] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from edgeattn.core.errors import UsageError, unknown
 from edgeattn.core.hashing import sha256_sources
+from edgeattn.lint.rules import RuleBook
 from edgeattn.targets.base import Target
 
 GROUP = "edgeattn.targets"
@@ -37,7 +39,7 @@ def _made(point: EntryPoint) -> Target:
     fix = f"pip install --upgrade {package}, or uninstall it" if package else "mend its module"
     try:
         target = point.load()()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {error}"
         raise UsageError("the target cannot be loaded", value=point.name, where=where, why=why, fix=fix) from error
     if not isinstance(target, Target):
@@ -78,6 +80,19 @@ def get(name: str) -> Target:
         from edgeattn.targets.broken import BrokenTarget
 
         return BrokenTarget(name, f"{error.where}: {error.why}", error.fix or "")
+
+
+def check_rules(books: Iterable[RuleBook]) -> None:
+    """Whether the targets that a user's lint rules name are there.
+
+    Raises:
+        UsageError: one is not (with the closest).
+    """
+    for book in books:
+        for name, rule in book.rules.items():
+            for target in rule.targets:
+                if target not in names():
+                    raise unknown("target", target, names(), where=f"{book.path}, rules.{name}.targets")
 
 
 def code_of(name: str) -> str:

@@ -49,6 +49,14 @@ def test_a_name_that_is_taken_is_refused(folder: Path) -> None:
         assert caught.value.value == name
 
 
+def test_a_target_that_there_is_none_of_is_a_mistake(folder: Path) -> None:
+    (folder / "a.toml").write_text(RULES.replace('mend = "m"', 'mend = "m"\ntargets = ["onx"]'))
+    with pytest.raises(UsageError, match="unknown target") as caught:
+        next(stage for stage in STAGES if stage.name == "lint").config(make_job("fmvit-digits"))
+    assert "onnx" in (caught.value.fix or "")
+    assert "rules.mine.targets" in (caught.value.where or "")
+
+
 def test_a_package_brings_rules_without_being_run(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def _lint_config(job: Job) -> dict[str, Any]:
     place, target = devices.resolve(job.device) if job.device else None, targets.get(job.target)
     fixed = {} if job.dynamic else job.ranges
     books, code = user_books(), targets.code_of(job.target)
+    targets.check_rules(books)
     return {
         "target": job.target,
         "runtime": job.runtime,
