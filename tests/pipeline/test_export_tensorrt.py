@@ -59,7 +59,11 @@ def test_digits(tmp_path: Path, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "w8a8"])
 @pytest.mark.parametrize(
     "name",
-    ["fmvit-t", *(pytest.param(f"fmvit-{size}", marks=pytest.mark.slow) for size in "smbl")],
+    [
+        "fmvit-t",
+        *(pytest.param(f"fmvit-{size}", marks=pytest.mark.slow) for size in "smb"),
+        pytest.param("fmvit-l", marks=pytest.mark.hand),
+    ],
 )
 def test_fmvit(tmp_path: Path, name: str, precision: str) -> None:
     bundle = check(name, precision, tmp_path)
