@@ -60,7 +60,7 @@ def judge(wanted: Wanted, outcome: Mapping[str, Any], locked: Entry | None, mach
 def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item, inside: Inside) -> list[Item]:
     """Items of an export that ended early: one failed, what it would have been held to is skipped."""
     error, stage = outcome["error"], outcome["stage"]
-    by_lint = error["kind"] == "CheckFailed" and error["what"].startswith("lint: ")
+    by_lint = error["what"].startswith("lint: ")
     name = "lint" if by_lint else "export"
     if error["kind"] == "CheckFailed" and not by_lint:
         # Accuracy and numbers are looked at by the same stage, and end it with one error.

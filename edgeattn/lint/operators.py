@@ -19,10 +19,10 @@ from edgeattn.capture import Entry, Program
 from edgeattn.core import schema, tools
 from edgeattn.lint.books import shared
 from edgeattn.lint.graph import op_of, path_of
-from edgeattn.lint.rules import Finding, Severity
+from edgeattn.lint.rules import UNSUPPORTED, Finding, Severity
 
 FILE = Path(__file__).with_name("operators.toml")
-RULE = "unsupported-operator"
+RULE = UNSUPPORTED
 #: By target the distributions that decide what is converted.
 TOOLS: dict[str, tuple[str, ...]] = {
     "onnx": ("torch", "onnxscript"),

@@ -11,10 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from edgeattn.core import schema, tools
-from edgeattn.core.errors import CheckFailed, UsageError
+from edgeattn.core.errors import CheckFailed, ConversionFailed, UsageError
 from edgeattn.lint.pattern import Pattern
 
 Severity = Literal["error", "warning", "note"]
+
+#: The rule of operations that a converter has no form for.
+UNSUPPORTED = "unsupported-operator"
 
 _BOUND = re.compile(r"(>=|<=|==|!=|>|<)(\d+(?:\.\d+)*)")
 
@@ -153,16 +156,21 @@ class RuleBook:
         return replace(found, severity="note", detail=f"{detail}; {other}") if other else found
 
 
-def gate(findings: Iterable[Finding]) -> None:
+def gate(findings: Iterable[Finding], converting: bool = False) -> None:
     """Stop at errors.
 
+    Args:
+        converting: an export is at its conversion, which operations without a form would make fail.
+
     Raises:
-        CheckFailed: lists every finding of severity error.
+        CheckFailed: lists every finding of severity error. ConversionFailed: the same, where ``converting`` and the
+            first of them is an operation that the converter has no form for.
     """
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         first = errors[0]
-        raise CheckFailed(
+        kind = ConversionFailed if converting and first.rule == UNSUPPORTED else CheckFailed
+        raise kind(
             f"lint: {first.what}",
             value=first.detail,
             where=f"module {first.module or '(model)'}, rule {first.rule}",

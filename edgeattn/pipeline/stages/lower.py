@@ -22,8 +22,9 @@ def run(context: Context) -> dict[str, Any]:
 
     Raises:
         CheckFailed: lint found an error, in the program before anything is converted, or in the artifact.
+            ConversionFailed: it found operations that the converter has no form for.
     """
-    gate([Finding(**finding) for finding in context.results["lint"].facts["findings"]])
+    gate([Finding(**finding) for finding in context.results["lint"].facts["findings"]], converting=True)
     job = context.job
     target = targets.get(job.target)
     metadata = {
