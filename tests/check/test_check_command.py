@@ -118,7 +118,7 @@ def test_three_models_that_do_not_hold(repository: Path, edgeattn_cli: Cli) -> N
     net = repository / "sub" / "net.py"
     net.write_text(NET.replace("y * 1.1", "y * 1.0"))
     file = repository / "sub" / "edgeattn.toml"
-    file.write_text(FILE.replace("size_mb = 0.001", "size_mb = 1.0")[: FILE.index("[models.ranked]")])
+    file.write_text(FILE[: FILE.index("[models.ranked]")].replace("size_mb = 0.001", "size_mb = 1.0"))
     mended = edgeattn_cli("check", cwd=repository / "sub")
     assert mended.returncode == 0, mended.stdout + mended.stderr
 
