@@ -15,7 +15,7 @@ import pytest
 
 from edgeattn.core import tools
 
-#: What differs between two processes that should not matter: seeds of hashes, the day. Threads do: sums have other orders.
+#: What differs between two processes and should not matter. Threads do: sums have other orders.
 WORLDS = (
     {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "Pacific/Kiritimati"},
     {"PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1", "TZ": "Pacific/Pago_Pago"},
