@@ -143,6 +143,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
             watch.finished(task, done)
 
     tasks = [task("add", a=1, b=1), task("linger", folder=str(tmp_path / "pids"))]
+    children = set(psutil.Process().children())  # a server of other tests, say
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -151,7 +152,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
     assert [done.result["sum"] for done in watch.ends if done.result] == [2]
     _all_gone(tmp_path / "pids")
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= children
 
 
 def _all_gone(folder: Path) -> None:
