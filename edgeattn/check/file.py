@@ -229,10 +229,10 @@ def read(path: Path, shown: str) -> list[Wanted]:
 
 def place_in(file: str, lines: dict[Path_, int], problem: str) -> Place:
     """The line of the key that begins a problem of ``core.schema.validate``, or of the nearest table around it."""
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in problem.partition(": ")[0].split("."))
-    while path and path not in lines:
-        path = path[:-1]
-    return Place(file, lines.get(path, 0))
+    key = problem.partition(": ")[0] + "."
+    # A name may have dots in it: the keys that there are tell where it ends.
+    around = {joined: line for path, line in lines.items() if key.startswith(joined := ".".join(map(str, path)) + ".")}
+    return Place(file, around[max(around, key=len)] if around else 0)
 
 
 def _merged(common: Budgets, own: Budgets) -> Budgets:

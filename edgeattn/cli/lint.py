@@ -68,7 +68,7 @@ def command(
     if log is not None:
         from edgeattn.report.sarif import sarif
 
-        write_whole(log, json.dumps(sarif(flat, base), indent=1).encode())
+        write_whole(log, json.dumps(sarif(flat, base, given["model"]), indent=1).encode())
     if as_json:
         data: dict[str, Any] = {"model": given["model"], "device": device}
         data["findings"] = [{"target": target, **finding.as_dict()} for target, finding in flat]

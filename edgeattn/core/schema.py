@@ -103,10 +103,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return data
+    except FileNotFoundError as error:
+        raise UsageError(
+            "there is no such file", value=path, where=f"folder {Path.cwd()}", fix="give the path of one that exists"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("a file cannot be read", value=path, why=str(error)) from error
+        raise UsageError(
+            "a file cannot be read", value=path, why=str(error), fix="give a UTF-8 file that you may read"
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError("a file is not TOML", value=path, why=str(error)) from error
+        raise UsageError("a file is not TOML", value=path, why=str(error), fix="mend the file there") from error
 
 
 def lines_of(text: str) -> dict[tuple[str | int, ...], int]:

@@ -175,6 +175,13 @@ def _branches(graph: fx.GraphModule, place: str = "") -> Iterator[tuple[fx.Graph
             yield from _branches(inner, module)
 
 
+def nodes_of(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """Every node of a graph and of the branches inside of it, with the module that it came from."""
+    for inner, place in [(graph, ""), *_branches(graph)]:
+        for node in inner.graph.nodes:
+            yield path_of(node) or place, node
+
+
 def parts_of(entry: Entry) -> list[Part]:
     """An entry's graph, and the branches inside of it, all of whose placeholders are live."""
     graph = entry.graph.graph_module

@@ -18,7 +18,7 @@ from torch import fx
 from edgeattn.capture import Entry, Program
 from edgeattn.core import schema, tools
 from edgeattn.lint.books import shared
-from edgeattn.lint.graph import op_of, path_of
+from edgeattn.lint.graph import nodes_of, op_of
 from edgeattn.lint.rules import UNSUPPORTED, Finding, Severity
 
 FILE = Path(__file__).with_name("operators.toml")
@@ -81,12 +81,24 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def doubtful(entry: Entry, known: Collection[str]) -> list[fx.Node]:
-    """Nodes of an entry whose operation is none of ``known``."""
+#: Path of a module, and a node that came from it.
+Placed = tuple[str, fx.Node]
+
+
+def doubtful(entry: Entry, known: Collection[str]) -> list[Placed]:
+    """Nodes of an entry and of its branches whose operation is none of ``known``."""
     return [
-        node
-        for node in entry.graph.graph.nodes
+        (module, node)
+        for module, node in nodes_of(entry.graph.graph_module)
         if isinstance(node.target, torch._ops.OpOverload) and str(node.target) not in known and not is_check(node)
+    ]
+
+
+def failing_inside(entry: Entry, target: str) -> list[Placed]:
+    """Nodes of an entry's branches that are known to fail: a converter without torch.cond is not asked about them."""
+    fails = Operators.load().fails.get(target, ())
+    return [
+        (m, node) for m, node in doubtful(entry, ()) if node.graph is not entry.graph.graph and op_of(node) in fails
     ]
 
 
@@ -96,7 +108,7 @@ def is_check(node: fx.Node) -> bool:
 
 
 def unsupported(
-    program: Program, target: str, ask: Callable[[Entry], Iterable[fx.Node] | None] | None = None
+    program: Program, target: str, ask: Callable[[Entry], Iterable[Placed] | None] | None = None
 ) -> list[Finding]:
     """All operations that a target's converter has no form for, one finding for each module.
 
@@ -115,9 +127,9 @@ def unsupported(
         seen.add(id(entry.graph))
         unknown = ask(entry) if suspects and ask is not None else None
         if unknown is None:
-            unknown, severity = [node for node in suspects if op_of(node) in data.fails.get(target, ())], "warning"
-        for node in unknown:
-            found.setdefault(path_of(node), []).append(op_of(node) or str(node.target))
+            unknown, severity = [one for one in suspects if op_of(one[1]) in data.fails.get(target, ())], "warning"
+        for module, node in unknown:
+            found.setdefault(module, []).append(op_of(node) or str(node.target))
     findings = []
     for module, names in found.items():
         counted = [f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import edgeattn
 from edgeattn.lint import Finding
@@ -28,25 +29,27 @@ def _rule(finding: Finding) -> dict[str, Any]:
     return {**found, "helpUri": url[0].rstrip(".)")} if url else found
 
 
-def _place(finding: Finding, base: Path) -> dict[str, Any]:
-    """Where a finding lies: in a file below the current folder, else in a module."""
-    logical = {"fullyQualifiedName": finding.module or "(model)", "kind": "module"}
-    place: dict[str, Any] = {"logicalLocations": [logical]}
+def _place(finding: Finding, base: Path, model: str) -> dict[str, Any]:
+    """Where a finding lies: its module, and its file, below the current folder where it can be.
+
+    Code scanning refuses a log with a result that has no file: what has none stands under the model's name.
+    """
+    uri = quote(model)
     if finding.file:
         path = Path(os.path.relpath(base / finding.file))
         uri = path.as_posix() if path.parts[:1] != ("..",) else (base / finding.file).resolve().as_uri()
-        place["physicalLocation"] = {
-            "artifactLocation": {"uri": uri},
-            "region": {"startLine": max(1, finding.line)},
-        }
-    return place
+    return {
+        "logicalLocations": [{"fullyQualifiedName": finding.module or "(model)", "kind": "module"}],
+        "physicalLocation": {"artifactLocation": {"uri": uri}, "region": {"startLine": max(1, finding.line)}},
+    }
 
 
-def sarif(findings: Sequence[tuple[str, Finding]], base: Path | None = None) -> dict[str, Any]:
+def sarif(findings: Sequence[tuple[str, Finding]], base: Path | None = None, model: str = "model") -> dict[str, Any]:
     """A log of one run.
 
     Args:
         findings: with the target of each. base: the folder that their files are relative to; the current one if None.
+        model: what the model is called, for findings that have no file.
     """
     rules: dict[str, dict[str, Any]] = {}
     for _, finding in findings:
@@ -58,7 +61,7 @@ def sarif(findings: Sequence[tuple[str, Finding]], base: Path | None = None) -> 
             "ruleIndex": order.index(finding.rule),
             "level": finding.severity,
             "message": {"text": f"{target}: {finding.what}: {finding.detail}. What to do: {finding.mend}"},
-            "locations": [_place(finding, base or Path())],
+            "locations": [_place(finding, base or Path(), model)],
             "properties": {"target": target, "module": finding.module},
         }
         for target, finding in findings

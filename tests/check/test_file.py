@@ -68,6 +68,7 @@ def test_a_models_latency_budget_keeps_what_it_does_not_name(tmp_path: Path) -> 
         ('[models.a]\nmodel = "x"\n[budgets]\nsize = 1\n', 4, "size_mb"),
         ('[models.a]\nmodel = "x"\n[models.a.budgets]\nmax_fallback = 2.0\n', 4, "max_fallback"),
         ('[models.a]\nmodel = "x"\nprecision = ["fp32"]\n', 3, "precisions"),
+        ('[models."v1.2"]\nmodel = "x"\nprecision = ["fp32"]\n', 3, "precisions"),
         ('[models.a]\nmodel = "x"\n[budgets]\nnumerics = { fp33 = 1.0 }\n', 4, "fp33"),
         ('[models.a]\nmodel = "x"\n[budgets.growth]\nspeed = 1.0\n', 3, "speed"),
         ('[models.a]\nmodel = "x"\n\n[models.b]\nmodel = "x"\ntargets = ["onx"]\n', 4, "onnx"),

@@ -40,20 +40,43 @@ class Usual(nn.Module):
 def test_no_operation_is_reported_that_the_converter_takes(ask: Callable[..., Any]) -> None:
     """Also of batch norms and reshapes, which are decomposed first, beside an operation that it does not know."""
     assert ask(program((Usual(False), (X,))).entries["main"]) == []
-    assert [node.name for node in ask(program((Usual(True), (X,))).entries["main"])] == ["median"]
+    assert [node.name for _, node in ask(program((Usual(True), (X,))).entries["main"])] == ["median"]
 
 
 def test_all_operations_at_once_with_modules_and_what_to_write() -> None:
     made = program(do(lambda x: torch.median(x, -1).values + torch.erfinv(x).sum(-1) + torch.erfinv(x).sum(-1)))
     entry = made.entries["main"]
-    (found,) = unsupported(made, "onnx", lambda e: [n for n in e.graph.graph.nodes if "sum" not in n.name and n.args])
+    (found,) = unsupported(
+        made, "onnx", lambda e: [("", n) for n in e.graph.graph.nodes if "sum" not in n.name and n.args]
+    )
     assert "median" in found.detail
     assert "2 x erfinv" in found.detail
     assert found.severity == "error"
     assert "x.topk" in found.mend
     with pytest.raises(CheckFailed, match="no form for"):
         gate([found])
-    assert {node.name for node in doubtful(entry, ())} >= {"median", "erfinv"}
+    assert {node.name for _, node in doubtful(entry, ())} >= {"median", "erfinv"}
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.median(x, -1, keepdim=True).values
+
+
+class Branched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Branch()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda y: self.branch(y), lambda y: y * 2, (x,))
+
+
+@pytest.mark.parametrize(("target", "ask"), [("onnx", onnx), ("coreml", coreml), ("tflite", tflite)])
+def test_operations_inside_of_a_branch_are_found(target: str, ask: Any) -> None:
+    found = unsupported(program((Branched(), (torch.ones(1, 8),))), target, ask)
+    assert [one for one in found if "median" in one.detail]
+    assert {one.severity for one in found} == {"error"}
 
 
 def test_where_a_converter_cannot_be_asked_what_failed_is_a_warning() -> None:

@@ -36,15 +36,15 @@ def check(log: dict[str, Any]) -> None:
             assert result["level"] in ("none", "note", "warning", "error")
             assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
             for place in result["locations"]:
-                physical = place.get("physicalLocation")
-                assert physical is None or physical["artifactLocation"]["uri"]
-                assert physical is None or physical["region"]["startLine"] >= 1
+                physical = place["physicalLocation"]
+                assert physical["artifactLocation"]["uri"]
+                assert physical["region"]["startLine"] >= 1
                 assert all(one["fullyQualifiedName"] for one in place["logicalLocations"])
 
 
 def test_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    log = sarif(FOUND, tmp_path / "models")
+    log = sarif(FOUND, tmp_path / "models", "timm:a b")
     check(log)
     check(sarif([]))
     assert json.loads(json.dumps(log)) == log
@@ -57,6 +57,7 @@ def test_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "artifactLocation": {"uri": "models/net.py"},
         "region": {"startLine": 7},
     }
-    assert "physicalLocation" not in places[1]
+    # Code scanning takes no result without a file.
+    assert places[1]["physicalLocation"] == {"artifactLocation": {"uri": "timm%3Aa%20b"}, "region": {"startLine": 1}}
     assert places[1]["logicalLocations"][0]["fullyQualifiedName"] == "(model)"
     assert places[2]["physicalLocation"]["artifactLocation"]["uri"] == "file:///far/net.py"

@@ -261,7 +261,7 @@ def _widest(device: Device | None) -> int:
     return _WIDER if chip and int(chip[2]) >= _WIDER_FROM[chip[1]] else _WIDEST
 
 
-def _unknown(entry: Entry) -> list[fx.Node] | None:
+def _unknown(entry: Entry) -> list[operators.Placed] | None:
     """Nodes that coremltools has no converter for, after our decompositions and mends; None without coremltools."""
     if tools.version(COREMLTOOLS) is None:
         return None
@@ -269,9 +269,10 @@ def _unknown(entry: Entry) -> list[fx.Node] | None:
 
     plan = LowerPlan("fp16", [], {}, options=CoreMLTarget().settle({}, None, "fp16"))
     try:
-        return lower._unknown(lower.prepare(entry, plan).graph)
+        found = [(path_of(node), node) for node in lower._unknown(lower.prepare(entry, plan).graph)]
     except Exception:  # whatever a decomposition or a mend raises: the conversion itself says it
-        return []
+        found = []
+    return found + operators.failing_inside(entry, "coreml")
 
 
 def unsupported(program: Program) -> list[Finding]:

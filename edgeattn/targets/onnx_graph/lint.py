@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import fx
+import torch
 
 from edgeattn.capture import Entry
 from edgeattn.core import tools
 from edgeattn.core.quiet import quiet
-from edgeattn.lint.operators import is_check
+from edgeattn.lint.graph import nodes_of
+from edgeattn.lint.operators import Placed, is_check
 
 
-def unknown(entry: Entry) -> list[fx.Node] | None:
+def unknown(entry: Entry) -> list[Placed] | None:
     """Nodes of the graph as the exporter decomposes it; None where it cannot be asked."""
     if tools.version("onnxscript") is None:
         return None
@@ -23,9 +24,10 @@ def unknown(entry: Entry) -> list[fx.Node] | None:
             registry = _registration.ONNXRegistry.from_torchlib(OPSET)
             graph = _fx_passes.decompose_with_registry(entry.graph, registry)
             return [
-                node
-                for node in graph.graph.nodes
-                if node.op == "call_function" and not is_check(node) and not registry.get_decomps(node.target)
+                (module, node)
+                for module, node in nodes_of(graph.graph_module)
+                if isinstance(node.target, torch._ops.OpOverload)
+                and not (is_check(node) or registry.get_decomps(node.target))
             ]
     except Exception:  # it has moved, or a decomposition raises: the conversion itself says that
         return None

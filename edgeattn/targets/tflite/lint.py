@@ -27,7 +27,7 @@ def _book() -> RuleBook:
     return own(Path(__file__).parent, "tflite")
 
 
-def _unknown(entry: Entry) -> list[Any] | None:
+def _unknown(entry: Entry) -> list[operators.Placed] | None:
     """Nodes that litert-torch has no lowering for, after its decompositions and our own; None without it."""
     if tools.version("litert-torch") is None:
         return None
@@ -42,9 +42,10 @@ def _unknown(entry: Entry) -> list[Any] | None:
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp(), can_skip=False)
         except Exception:  # whatever a decomposition raises: the conversion itself says it
-            return []
+            return operators.failing_inside(entry, "tflite")
     called = [node for node in graph.graph.nodes if node.op == "call_function" and not operators.is_check(node)]
-    return [node for node in called if registry.global_registry.lookup(node.target) is None]
+    found = [(path_of(node), node) for node in called if registry.global_registry.lookup(node.target) is None]
+    return found + operators.failing_inside(entry, "tflite")
 
 
 def unsupported(program: Program) -> list[Finding]:
