@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     for name, word in [
         ("bad.toml", "line 2"),
         ("latin.toml", "utf-8"),
-        ("none.toml", "No such file"),
+        ("none.toml", "there is no such file"),
         (".", "directory"),
     ]:
         with pytest.raises(UsageError) as caught:
