@@ -19,7 +19,7 @@ from edgeattn.capture import Entry, Program
 from edgeattn.core import schema, tools
 from edgeattn.lint.books import shared
 from edgeattn.lint.graph import nodes_of, op_of
-from edgeattn.lint.rules import UNSUPPORTED, Finding, Severity
+from edgeattn.lint.rules import UNSUPPORTED, Finding
 
 FILE = Path(__file__).with_name("operators.toml")
 RULE = UNSUPPORTED
@@ -94,12 +94,24 @@ def doubtful(entry: Entry, known: Collection[str]) -> list[Placed]:
     ]
 
 
-def failing_inside(entry: Entry, target: str) -> list[Placed]:
-    """Nodes of an entry's branches that are known to fail: a converter without torch.cond is not asked about them."""
+class NotAsked(Exception):
+    """A converter cannot be asked; the message says why."""
+
+    @staticmethod
+    def raised(error: Exception) -> NotAsked:
+        """Because what it does before raises."""
+        return NotAsked(f"its decompositions raise {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def failing(suspects: Iterable[Placed], target: str) -> list[Placed]:
+    """Those whose operation was seen to fail."""
     fails = Operators.load().fails.get(target, ())
-    return [
-        (m, node) for m, node in doubtful(entry, ()) if node.graph is not entry.graph.graph and op_of(node) in fails
-    ]
+    return [(module, node) for module, node in suspects if op_of(node) in fails]
+
+
+def failing_inside(entry: Entry, target: str) -> list[Placed]:
+    """Nodes of an entry's branches that were seen to fail: a converter without torch.cond is not asked about them."""
+    return failing([one for one in doubtful(entry, ()) if one[1].graph is not entry.graph.graph], target)
 
 
 def is_check(node: fx.Node) -> bool:
@@ -107,37 +119,35 @@ def is_check(node: fx.Node) -> bool:
     return op_of(node).startswith(_CHECKS) or not isinstance(node.target, torch._ops.OpOverload)
 
 
-def unsupported(
-    program: Program, target: str, ask: Callable[[Entry], Iterable[Placed] | None] | None = None
-) -> list[Finding]:
+def unsupported(program: Program, target: str, ask: Callable[[Entry], Iterable[Placed]]) -> list[Finding]:
     """All operations that a target's converter has no form for, one finding for each module.
 
     Args:
-        ask: nodes of an entry, as the converter gets it, that it does not know; None where it cannot be asked. Where it
-            is not installed the operations that are known to fail are found, as warnings.
+        ask: nodes of an entry, as the converter gets it, that it does not know. Where it raises ``NotAsked`` the
+            operations that were seen to fail are found, as warnings.
     """
     data = Operators.load()
     same = data.measured.get(target) == tools.versions(TOOLS[target])
-    known = data.known.get(target, ()) if same or ask is None else ()
-    found: dict[str, list[str]] = {}
-    severity: Severity | None = None
+    known = data.known.get(target, ()) if same else ()
+    found: dict[tuple[str, str], list[str]] = {}  # by module, and why the converter was not asked
     seen: set[int] = set()
     for entry in program.entries.values():
         suspects = [] if id(entry.graph) in seen else doubtful(entry, known)
         seen.add(id(entry.graph))
-        unknown = ask(entry) if suspects and ask is not None else None
-        if unknown is None:
-            unknown, severity = [one for one in suspects if op_of(one[1]) in data.fails.get(target, ())], "warning"
+        try:
+            why, unknown = "", ask(entry) if suspects else ()
+        except NotAsked as error:
+            why, unknown = str(error), failing(suspects, target)
         for module, node in unknown:
-            found.setdefault(module, []).append(op_of(node) or str(node.target))
+            found.setdefault((module, why), []).append(op_of(node) or str(node.target))
     findings = []
-    for module, names in found.items():
+    for (module, why), names in found.items():
         counted = [f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)]
         told = [f"{name}: {data.instead[name]}" for name in dict.fromkeys(names) if name in data.instead]
         detail = "; ".join(counted)
-        if severity:
+        if why:
             versions = ", ".join(f"{name} {version}" for name, version in data.measured.get(target, {}).items())
-            detail += f" (not asked of the converter, which is not here; measured with {versions})"
-        one = shared().finding(RULE, module, detail, severity)
+            detail += f" (not asked of the converter: {why}; measured with {versions})"
+        one = shared().finding(RULE, module, detail, "warning" if why else None)
         findings.append(Finding(**{**one.as_dict(), "mend": "; ".join(told) or one.mend}))
     return findings

@@ -12,7 +12,7 @@ from torch import nn
 
 from edgeattn.core.errors import CheckFailed
 from edgeattn.lint import gate
-from edgeattn.lint.operators import Operators, doubtful, unsupported
+from edgeattn.lint.operators import NotAsked, Operators, doubtful, unsupported
 from edgeattn.targets.coreml.lint import _unknown as coreml
 from edgeattn.targets.onnx_graph.lint import unknown as onnx
 from edgeattn.targets.tflite.lint import _unknown as tflite
@@ -80,12 +80,43 @@ def test_operations_inside_of_a_branch_are_found(target: str, ask: Any) -> None:
 
 
 def test_where_a_converter_cannot_be_asked_what_failed_is_a_warning() -> None:
+    def ask(entry: Any) -> Any:
+        raise NotAsked("its decompositions raise ValueError: 7")
+
     assert "median" in Operators.load().fails["onnx"]
     made = program(do(lambda x: torch.median(x, -1).values.sin()))
-    (found,) = unsupported(made, "onnx", lambda entry: None)
+    (found,) = unsupported(made, "onnx", ask)
     assert (found.severity, found.detail.partition(" ")[0]) == ("warning", "median")
+    assert "ValueError: 7; measured with" in found.detail
     assert "onnxscript" in found.detail
-    assert unsupported(program(SIN), "onnx", lambda entry: None) == []
+    assert unsupported(program(SIN), "onnx", ask) == []
+
+
+def test_an_entry_without_a_question_leaves_the_others_findings_errors() -> None:
+    """A decoder's second entry may be the same graph."""
+    made = program(do(lambda x: torch.median(x, -1).values))
+    made.entries["again"] = made.entries["main"]
+    (found,) = unsupported(made, "onnx", onnx)
+    assert (found.severity, found.detail) == ("error", "median")
+
+
+@pytest.mark.parametrize(
+    ("ask", "broken"),
+    [
+        (onnx, "torch.onnx._internal.exporter._fx_passes.decompose_with_registry"),
+        (coreml, "edgeattn.targets.coreml.lower.prepare"),
+        (tflite, "litert_torch.fx_infra.safe_run_decompositions"),
+    ],
+)
+def test_a_decomposition_that_raises_is_named(ask: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise LookupError("no rule\nfor it")
+
+    entry = program(SIN).entries["main"]
+    ask(entry)
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(NotAsked, match=r"^its decompositions raise LookupError: no rule$"):
+        ask(entry)
 
 
 def test_a_graph_of_known_operations_is_not_asked_about() -> None:

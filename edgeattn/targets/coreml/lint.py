@@ -261,17 +261,18 @@ def _widest(device: Device | None) -> int:
     return _WIDER if chip and int(chip[2]) >= _WIDER_FROM[chip[1]] else _WIDEST
 
 
-def _unknown(entry: Entry) -> list[operators.Placed] | None:
-    """Nodes that coremltools has no converter for, after our decompositions and mends; None without coremltools."""
+def _unknown(entry: Entry) -> list[operators.Placed]:
+    """Nodes that coremltools has no converter for, after our decompositions and mends. Raises NotAsked."""
     if tools.version(COREMLTOOLS) is None:
-        return None
+        raise operators.NotAsked("coremltools is not here")
     from edgeattn.targets.coreml import lower
 
     plan = LowerPlan("fp16", [], {}, options=CoreMLTarget().settle({}, None, "fp16"))
     try:
-        found = [(path_of(node), node) for node in lower._unknown(lower.prepare(entry, plan).graph)]
-    except Exception:  # whatever a decomposition or a mend raises: the conversion itself says it
-        found = []
+        prepared = lower.prepare(entry, plan)
+    except Exception as error:  # whatever a decomposition raises
+        raise operators.NotAsked.raised(error) from error
+    found = [(path_of(node), node) for node in lower._unknown(prepared.graph)]
     return found + operators.failing_inside(entry, "coreml")
 
 

@@ -8,26 +8,25 @@ from edgeattn.capture import Entry
 from edgeattn.core import tools
 from edgeattn.core.quiet import quiet
 from edgeattn.lint.graph import nodes_of
-from edgeattn.lint.operators import Placed, is_check
+from edgeattn.lint.operators import NotAsked, Placed, is_check
 
 
-def unknown(entry: Entry) -> list[Placed] | None:
-    """Nodes of the graph as the exporter decomposes it; None where it cannot be asked."""
+def unknown(entry: Entry) -> list[Placed]:
+    """Nodes of the graph as the exporter decomposes it. Raises NotAsked: it is not here, has moved, or raises."""
     if tools.version("onnxscript") is None:
-        return None
-    try:
-        with quiet():
+        raise NotAsked("onnxscript is not here")
+    with quiet():
+        try:
             from torch.onnx._internal.exporter import _fx_passes, _registration
 
             from edgeattn.targets.onnx_graph.export import OPSET
 
             registry = _registration.ONNXRegistry.from_torchlib(OPSET)
             graph = _fx_passes.decompose_with_registry(entry.graph, registry)
-            return [
-                (module, node)
-                for module, node in nodes_of(graph.graph_module)
-                if isinstance(node.target, torch._ops.OpOverload)
-                and not (is_check(node) or registry.get_decomps(node.target))
-            ]
-    except Exception:  # it has moved, or a decomposition raises: the conversion itself says that
-        return None
+        except Exception as error:  # PyTorch's own names, which move, and whatever a decomposition raises
+            raise NotAsked.raised(error) from error
+    return [
+        (module, node)
+        for module, node in nodes_of(graph.graph_module)
+        if isinstance(node.target, torch._ops.OpOverload) and not (is_check(node) or registry.get_decomps(node.target))
+    ]

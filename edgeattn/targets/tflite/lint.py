@@ -27,10 +27,10 @@ def _book() -> RuleBook:
     return own(Path(__file__).parent, "tflite")
 
 
-def _unknown(entry: Entry) -> list[operators.Placed] | None:
-    """Nodes that litert-torch has no lowering for, after its decompositions and our own; None without it."""
+def _unknown(entry: Entry) -> list[operators.Placed]:
+    """Nodes that litert-torch has no lowering for, after its decompositions and our own. Raises NotAsked."""
     if tools.version("litert-torch") is None:
-        return None
+        raise operators.NotAsked("litert-torch is not here")
     with quiet():
         from litert_torch import fx_infra
         from litert_torch.backend.lowerings import registry
@@ -41,8 +41,8 @@ def _unknown(entry: Entry) -> list[operators.Placed] | None:
             graph = copy.deepcopy(entry.graph, {id(tensor): tensor for tensor in tensors})
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
             graph = fx_infra.safe_run_decompositions(graph, fx_infra.decomp.pre_lower_decomp(), can_skip=False)
-        except Exception:  # whatever a decomposition raises: the conversion itself says it
-            return operators.failing_inside(entry, "tflite")
+        except Exception as error:  # whatever a decomposition raises
+            raise operators.NotAsked.raised(error) from error
     called = [node for node in graph.graph.nodes if node.op == "call_function" and not operators.is_check(node)]
     found = [(path_of(node), node) for node in called if registry.global_registry.lookup(node.target) is None]
     return found + operators.failing_inside(entry, "tflite")
