@@ -74,7 +74,7 @@ def _ended(wanted: Wanted, outcome: Mapping[str, Any], lint: Item, inside: Insid
             "failed",
             ": ".join(part for part in (error["what"], error["value"]) if part),
             _place(wanted, error, name, inside),
-            why=" ".join(part for part in (error["where"] and f"{error['where']}:", error["why"]) if part),
+            why=": ".join(part for part in (error["where"], error["why"]) if part),
             fix=error["fix"] or "",
             details=tuple(error["details"][:20]),
         )

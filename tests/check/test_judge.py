@@ -106,7 +106,9 @@ def test_findings_stand_in_the_models_source_or_at_the_model(tmp_path: Path) -> 
 def test_an_error_in_the_models_source_stands_there(tmp_path: Path) -> None:
     of = one(tmp_path)
     result = failed(of, "capture", "ConversionFailed", where="/repo/net.py:12")
-    assert str(items(of, result)["export"].place) == "/repo/net.py:12"
+    found = items(of, result)["export"]
+    assert str(found.place) == "/repo/net.py:12"
+    assert found.why == "/repo/net.py:12"
 
 
 def test_an_error_in_a_recipe_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
